@@ -26,10 +26,9 @@ R5  A worker survives its task. The work runs in an asyncio task of its own, and
 
 There is one clock, the event loop's: `now` reads it, `asyncio.sleep` and all timers wait on it.
 
-What this file does not do: it keeps nothing over a restart; it is one process (`--workers 2` would
-be two managers); it knows addresses, not users; it cannot stop work that blocks the loop or ignores
-its cancellation. Engines that do all that fit behind the same HTTP contract. To run it:
-`uvicorn main:app --reload`; to try it: http://127.0.0.1:8000/docs.
+What this file does not do: keep anything over a restart, run as several processes (`--workers 2`
+would be two managers), know users, stop work that blocks the loop or ignores its cancellation. An
+engine that does fits behind the same contract. To run it: `uvicorn main:app --reload`, and /docs.
 """
 
 import asyncio
@@ -183,10 +182,8 @@ def finite_number(value: Any) -> Any:
     raise PydanticCustomError("number", "Input should be a number from -1e300 to 1e300")
 
 
-Bounded: TypeAlias = Annotated[float, Field(ge=-1e300, le=1e300)]  # 10,000 add up to a float
-Number: TypeAlias = Annotated[
-    Bounded, PlainValidator(finite_number, json_schema_input_type=Bounded)
-]
+Real: TypeAlias = Annotated[float, Field(ge=-1e300, le=1e300)]  # 10,000 add up to a finite float
+Number: TypeAlias = Annotated[Real, PlainValidator(finite_number, json_schema_input_type=Real)]
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 Limit: TypeAlias = Annotated[int | None, Query(ge=1)]
 
@@ -334,8 +331,7 @@ class TaskManager:
         if self._stopped or self._queue.full():
             raise UnavailableError("No workers." if self._stopped else "The queue is full.")
         task_id, moment = str(uuid4()), now()
-        # Due is a time plus a constant, so it is never recomputed, and nothing starves: a low task
-        # goes before every high one that came two steps after it.
+        # A constant after its arrival, a low task goes before all high ones of two steps later.
         due = moment + RANK[priority] * self._settings.priority_step
         self._queue.put_nowait((due, next(self._sequence), task_id))
         task = self._tasks[task_id] = {
@@ -354,9 +350,8 @@ class TaskManager:
         raise TaskNotFoundError(task_id)
 
     async def wait(self, task_id: str, since: Status | None = None) -> Task:
-        """Return a task once its status is not `since` (None: not what it is now), or is final.
-
-        After `Settings.long_poll` seconds, return it as it is. TaskNotFoundError.
+        """Return a task once its status is not `since` (None: not what it is now), or is final; or
+        as it is after `Settings.long_poll` seconds. TaskNotFoundError.
 
             poller: reads "processing" and takes Event 1, in one stretch
             worker: moves the task to "completed", sets Event 1
@@ -557,8 +552,7 @@ def problem_item(error: Mapping[str, Any]) -> dict[str, str]:
         detail = "Input should be an object, and its Content-Type application/json"
     if where != "body":
         return {"detail": detail, "pointer": str(error["loc"][-1])}
-    # path[0] is the union's tag, which the document does not have. An unknown field is named by the
-    # client: at any length, with surrogates.
+    # path[0] is the union's tag. An unknown field's name is the client's: long, or with surrogates.
     keys = [str(key)[:50].replace("~", "~0").replace("/", "~1") for key in path[1:]]
     return {"detail": detail, "pointer": quote("/".join(["#", *keys]), "#/", errors="replace")}
 
@@ -684,8 +678,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
     async def get_task(task_id: UUID, request: Request) -> Response:
         """Return a task; with `wait=true` as soon as its status changes, or after 10 s as it is.
 
-        Name the status that you saw last in `since`, and no change between two polls is lost: if it
-        is another by now, the answer comes at once, as it does for a final task.
+        With the status you saw last as `since`, no change between two polls is lost.
         """
         # Read by hand: FastAPI's own reading of two parameters takes a tenth of the whole request.
         query = Poll.model_validate(dict(request.query_params))
@@ -740,8 +733,13 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         ):
             yield
 
-    app = FastAPI(title="Task manager", lifespan=lifespan)
-    app.router.redirect_slashes = False
+    app = FastAPI(
+        title="Task manager",
+        description=f"{settings.rate_limit} requests in {settings.rate_window} s for each address.",
+        lifespan=lifespan,
+        redirect_slashes=False,  # one would repeat the Host header, which is the client's
+        swagger_ui_oauth2_redirect_url=None,
+    )
     app.add_middleware(Gate, limiter=limiter, max_body=settings.max_body)
     for error in (ManagerError, RequestValidationError, ValidationError, HTTPException, Exception):
         app.add_exception_handler(error, handle_error)
