@@ -25,7 +25,6 @@ R5  A worker survives its task. The work runs in an asyncio task of its own, and
     with `asyncio.wait`, which returns when that was cancelled and raises only when the worker is.
 
 There is one clock, the event loop's: `now` reads it, `asyncio.sleep` and all timers wait on it.
-
 What this file does not do: keep anything over a restart, run as several processes (`--workers 2`
 would be two managers), know users, stop work that blocks the loop or ignores its cancellation. An
 engine that does fits behind the same contract. To run it: `uvicorn main:app --reload`, and /docs.
@@ -331,7 +330,7 @@ class TaskManager:
         if self._stopped or self._queue.full():
             raise UnavailableError("No workers." if self._stopped else "The queue is full.")
         task_id, moment = str(uuid4()), now()
-        # A constant after its arrival, a low task goes before all high ones of two steps later.
+        # Never recomputed, and nothing starves: low goes before a high that came two steps later.
         due = moment + RANK[priority] * self._settings.priority_step
         self._queue.put_nowait((due, next(self._sequence), task_id))
         task = self._tasks[task_id] = {
