@@ -714,8 +714,7 @@ async def background(job: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Return a new app with a world of its own; settings come from the environment if not given."""
     settings = settings or Settings.from_environment()
-    manager = TaskManager(settings)
-    limiter = RateLimiter(settings.rate_limit, settings.rate_window)
+    manager, limiter = TaskManager(settings), RateLimiter(settings.rate_limit, settings.rate_window)
 
     async def clean_up() -> None:
         """Give back the memory of expired tasks and quiet addresses."""
@@ -743,6 +742,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     for error in (ManagerError, RequestValidationError, ValidationError, HTTPException, Exception):
         app.add_exception_handler(error, handle_error)
     add_routes(app, manager)
+    app.state.manager, app.state.limiter = manager, limiter
     return app
 
 
