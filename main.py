@@ -97,12 +97,12 @@ class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 # --- Vocabulary -----------------------------------------------------------------------------------
 # A task is one dict from its submission to its end, and is what clients get: pydantic takes the
-# TypedDict for the schema, and writes the dict as it stands in the store.
+# TypedDict for the schema, and writes the dict as it stands. Only `_move` and `_report` change it.
 TaskType: TypeAlias = Literal["compute_sum", "generate_report", "simulate_failure"]
 Priority: TypeAlias = Literal["high", "normal", "low"]
 Status: TypeAlias = Literal["queued", "processing", "completed", "failed", "cancelled"]
 Parameters: TypeAlias = dict[str, Any]
-TaskError: TypeAlias = dict[Literal["code", "message"], str]
+TaskError = TypedDict("TaskError", {"code": str, "message": str})
 NEXT: Mapping[Status, tuple[Status, ...]] = {  # what may follow; a status that is no key is final
     "queued": ("processing", "cancelled"),
     "processing": ("completed", "failed", "cancelled"),
@@ -110,7 +110,7 @@ NEXT: Mapping[Status, tuple[Status, ...]] = {  # what may follow; a status that 
 
 
 class Task(TypedDict):
-    """A task. Only `_move` changes it, but for the progress, which `_report` changes too."""
+    """A task: the same keys in every state, with null for what there is not, or not yet."""
 
     task_id: str  # a UUID of version 4
     task_type: TaskType
@@ -230,8 +230,8 @@ Submission: TypeAlias = Annotated[
 
 
 class Poll(BaseModel):
-    wait: bool = Field(False, description="Hold the answer until the status changes.")
-    since: Status | None = Field(None, description="The status that you saw last.")
+    wait: bool = Field(default=False, description="Hold the answer until the status changes.")
+    since: Status | None = Field(default=None, description="The status you saw last.")
 
 
 Counts: TypeAlias = dict[str, int]
@@ -309,8 +309,7 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 
 
 # --- Task manager ---------------------------------------------------------------------------------
-# All tasks and all that happens to them, in the order of a task's life. A method without `async` is
-# atomic (R1).
+# All tasks, in the order of a task's life. A method without `async` is atomic (R1).
 CANCEL_GRACE = 5.0  # seconds that cancelled work has to clean up, before its worker goes on
 
 
@@ -349,12 +348,11 @@ class TaskManager:
         raise TaskNotFoundError(task_id)
 
     async def wait(self, task_id: str, since: Status | None = None) -> Task:
-        """Return a task once its status is not `since` (None: not what it is now), or is final; or
-        as it is after `Settings.long_poll` seconds. TaskNotFoundError.
+        """Return a task once its status is final or not `since`, or after `long_poll` seconds.
 
-            poller: reads "processing" and takes Event 1, in one stretch
-            worker: moves the task to "completed", sets Event 1
-            poller: waits for Event 1, which stays set; had it been cleared, for ever
+        poller: reads "processing" and takes Event 1, in one stretch
+        worker: moves the task to "completed", sets Event 1
+        poller: waits for Event 1, which stays set; had it been cleared, for ever
         """
         task = self.get(task_id)
         if task["status"] not in NEXT or since not in (None, task["status"]):
@@ -527,7 +525,7 @@ TEXT = {"schema": {"type": "string"}}
 LIMITS = {"RateLimit": TEXT, "RateLimit-Policy": TEXT}
 PROBLEM: dict[str, Any] = {
     "content": {"application/problem+json": {"schema": TypeAdapter(Problem).json_schema()}},
-    "headers": {"Retry-After": TEXT, **LIMITS},
+    "headers": {"Retry-After": TEXT | {"description": "With 429 and 503"}, **LIMITS},
 }
 
 
@@ -609,7 +607,7 @@ class Gate:
         if allowed:
             return await self._app(scope, self._bounded(receive), send_with_headers)
         refusal = problem(429, f"Try again in {reset} s.", {"Retry-After": str(reset)})
-        await refusal(scope, receive, send_with_headers)
+        return await refusal(scope, receive, send_with_headers)
 
     def _bounded(self, receive: Receive) -> Receive:
         """Wrap `receive`: HTTPException 413 for a body that is too long, 400 if it is not UTF-8."""
@@ -618,8 +616,7 @@ class Gate:
         async def bounded_receive() -> Message:
             nonlocal size
             message = await receive()
-            body = message.get("body", b"")
-            size += len(body)
+            size += len(body := message.get("body", b""))
             if size > self._max_body:
                 raise HTTPException(413, f"The body is longer than {self._max_body} bytes.")
             if b"\0" in body:  # json.loads takes UTF-16 and UTF-32, which RFC 8259 does not
@@ -652,14 +649,15 @@ def answers(success: int, *errors: int, **headers: Any) -> dict[Any, Any]:
 def add_routes(app: FastAPI, manager: TaskManager) -> None:
     """Give `app` its routes."""
     accepted = answers(202, 400, 413, 429, 503, Location=TEXT)
-    fields = Poll.model_json_schema()["properties"].items()
-    poll = {"parameters": [{"name": name, "in": "query", "schema": item} for name, item in fields]}
+    fields = [(n, s, s["description"]) for n, s in Poll.model_json_schema()["properties"].items()]
+    query = [{"name": n, "in": "query", "schema": s, "description": d} for n, s, d in fields]
+    poll = {"parameters": query}
 
     @app.post("/tasks", status_code=202, response_model=Accepted, responses=accepted)
     async def submit_task(submission: Submission, request: Request) -> Response:
         """Queue a task; poll it at `Location`. Unknown fields are errors.
 
-        The highest priority starts first, then the oldest; 30 s of waiting are worth a level.
+        The highest priority starts first, then the oldest; waiting raises the priority.
         """
         parameters = dict(submission.parameters)
         task = manager.submit(submission.task_type, parameters, submission.priority)
@@ -675,7 +673,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 
     @app.get(TASK, response_model=Task, responses=answers(200, 400, 404, 429), openapi_extra=poll)
     async def get_task(task_id: UUID, request: Request) -> Response:
-        """Return a task; with `wait=true` as soon as its status changes, or after 10 s as it is.
+        """Return a task: at once, or with `wait=true` when its status changes, for some seconds.
 
         With the status you saw last as `since`, no change between two polls is lost.
         """
@@ -687,7 +685,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 
     @app.delete(TASK, response_model=Task, responses=answers(200, 400, 404, 409, 429))
     async def cancel_task(task_id: UUID) -> Response:
-        """Cancel a task; 409, with the task under `task`, if it has completed or failed."""
+        """Cancel a task, which stays until `expires_at`; 409 if it has completed or failed."""
         return answer(encode(manager.cancel(str(task_id))))
 
     @app.get("/health", responses={503: PROBLEM})
@@ -733,7 +731,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     app = FastAPI(
         title="Task manager",
-        description=f"{settings.rate_limit} requests in {settings.rate_window} s for each address.",
+        description="Submit a task, then poll it until it is completed, failed or cancelled.",
+        generate_unique_id_function=lambda route: route.name,
         lifespan=lifespan,
         redirect_slashes=False,  # one would repeat the Host header, which is the client's
         swagger_ui_oauth2_redirect_url=None,
