@@ -77,8 +77,8 @@ class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     rate_window: Count = 60  # whole seconds, since the RateLimit fields have no fractions
     long_poll: Span = 10  # how long `wait=true` is held at most
     retention: Seconds = 600  # how long a final task can still be asked for
-    cleanup_interval: Seconds = 30
-    task_timeout: Seconds = 60
+    cleanup_interval: Seconds = 30  # between two rounds of the timer
+    task_timeout: Seconds = 60  # for the work of a task, without its time in the queue
     priority_step: Span = 30  # how much waiting a level of priority is worth
     max_body: Count = 65536  # bytes
     time_scale: Span = 1  # multiplies the time that simulated work takes
@@ -113,14 +113,14 @@ class Task(TypedDict):
     """A task: the same keys in every state, with null for what there is not, or not yet."""
 
     task_id: str  # a UUID of version 4
-    task_type: TaskType
+    task_type: TaskType  # decides what `parameters` and `result` are
     parameters: Parameters  # as validated, defaults filled in
-    priority: Priority
-    status: Status
+    priority: Priority  # decides when it starts, and nothing else
+    status: Status  # moves along NEXT
     progress: int  # percent, never falls, 100 if and only if completed
     result: Any  # None unless completed
     error: TaskError | None  # None unless failed
-    created_at: datetime
+    created_at: datetime  # in UTC, like the others
     started_at: datetime | None  # None until processing; for ever, if cancelled while queued
     finished_at: datetime | None  # None until final
     expires_at: datetime | None  # None until final; the record is gone from this instant on
@@ -240,10 +240,10 @@ Health = TypedDict("Health", {"status": str, "tasks": Counts, "queue": Counts, "
 
 
 class Problem(TypedDict):
-    type: str
-    title: str
+    type: str  # "about:blank": the status says what kind of problem it is
+    title: str  # the status in words
     status: int
-    detail: str
+    detail: str  # for a person to read
     errors: NotRequired[list[dict[Literal["detail", "pointer"], str]]]  # with 400
     task: NotRequired[dict[str, Any]]  # with 409: the Task
 
@@ -332,6 +332,7 @@ class TaskManager:
         # Never recomputed, and nothing starves: low goes before a high that came two steps later.
         due = moment + RANK[priority] * self._settings.priority_step
         self._queue.put_nowait((due, next(self._sequence), task_id))
+        # Stored in the same stretch (R1): no worker meets an id without a task, no full queue a task.
         task = self._tasks[task_id] = {
             "task_id": task_id, "task_type": task_type, "parameters": parameters,
             "priority": priority, "status": "queued", "progress": 0, "result": None, "error": None,
@@ -348,7 +349,7 @@ class TaskManager:
         raise TaskNotFoundError(task_id)
 
     async def wait(self, task_id: str, since: Status | None = None) -> Task:
-        """Return a task once its status is final or not `since`, or after `long_poll` seconds.
+        """Return a task once final, or not `since` (None: what it is now), or after `long_poll` s.
 
         poller: reads "processing" and takes Event 1, in one stretch
         worker: moves the task to "completed", sets Event 1
@@ -516,8 +517,8 @@ class TaskManager:
 # makes every error answer. FastAPI parses a body before it runs a dependency, and runs none for 404
 # and 405, so the limits are ASGI middleware.
 TASK = "/tasks/{task_id}"
-UNLIMITED = frozenset({"/", "/docs", "/redoc", "/openapi.json", "/health"})
-INVALID = "The request is not valid."
+UNLIMITED = frozenset({"/", "/docs", "/redoc", "/openapi.json", "/health"})  # not counted
+INVALID = "The request is not valid."  # the `errors` of the problem tell more
 CHUNK = 250  # tasks in a chunk of a list
 TYPES = ", ".join(get_args(TaskType))
 answer = partial(Response, media_type="application/json")
@@ -529,13 +530,11 @@ PROBLEM: dict[str, Any] = {
 }
 
 
-def problem(
-    status: int, detail: str, headers: dict[str, str] | None = None, **more: Any
-) -> Response:
+def problem(code: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> Response:
     """Return an error answer (RFC 9457); `more` are further members of `Problem`."""
-    title = HTTPStatus(status).phrase
-    body = {"type": "about:blank", "title": title, "status": status, "detail": detail, **more}
-    return Response(encode(body), status, headers, "application/problem+json")
+    title = HTTPStatus(code).phrase
+    body = {"type": "about:blank", "title": title, "status": code, "detail": detail, **more}
+    return Response(encode(body), code, headers, "application/problem+json")
 
 
 def problem_item(error: Mapping[str, Any]) -> dict[str, str]:
@@ -574,7 +573,7 @@ async def handle_error(request: Request, exc: Exception) -> Response:
         case TaskFinishedError(args=(task,)):
             return problem(409, f"The task has already {task['status']}.", task=task)
         case UnavailableError():
-            return problem(503, str(exc), {"Retry-After": "5"})
+            return problem(503, str(exc), {"Retry-After": "5"})  # the time of the shortest task
         case _:
             # Sent from outside of the Gate, so it is here that the Gate's headers are added.
             return problem(500, "The server failed.", request.scope.get("gate.headers"))
@@ -587,11 +586,12 @@ class Gate:
         self._app, self._limiter, self._max_body = app, limiter, max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"].removeprefix(scope["root_path"]) in UNLIMITED:
+        prefix = scope.get("root_path", "")  # of a proxy; the path begins with it
+        if scope["type"] != "http" or scope["path"].removeprefix(prefix) in UNLIMITED:
             return await self._app(scope, receive, send)
         # The peer as uvicorn gives it, who also knows which X-Forwarded-For to trust.
-        key = client_key(scope["client"][0] if scope["client"] else "")
-        allowed, left, reset = await self._limiter.hit(key)
+        host, _ = scope.get("client") or ("", 0)
+        allowed, left, reset = await self._limiter.hit(client_key(host))
         headers = scope["gate.headers"] = {
             "ratelimit-policy": f'"default";q={self._limiter.limit};w={self._limiter.window}',
             "ratelimit": f'"default";r={left};t={reset}',
@@ -678,9 +678,9 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         With the status you saw last as `since`, no change between two polls is lost.
         """
         # Read by hand: FastAPI's own reading of two parameters takes a tenth of the whole request.
-        query = Poll.model_validate(dict(request.query_params))
-        if query.wait:
-            return answer(encode(await manager.wait(str(task_id), query.since)))
+        asked = Poll.model_validate(dict(request.query_params))
+        if asked.wait:
+            return answer(encode(await manager.wait(str(task_id), asked.since)))
         return answer(encode(manager.get(str(task_id))))
 
     @app.delete(TASK, response_model=Task, responses=answers(200, 400, 404, 409, 429))
@@ -688,7 +688,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         """Cancel a task, which stays until `expires_at`; 409 if it has completed or failed."""
         return answer(encode(manager.cancel(str(task_id))))
 
-    @app.get("/health", responses={503: PROBLEM})
+    @app.get("/health", responses={503: {"content": PROBLEM["content"]}})
     async def health() -> Health:
         """Count tasks by status, places in the queue, and workers; 503 if these have died."""
         return manager.health()
