@@ -332,7 +332,7 @@ class TaskManager:
         # Never recomputed, and nothing starves: low goes before a high that came two steps later.
         due = moment + RANK[priority] * self._settings.priority_step
         self._queue.put_nowait((due, next(self._sequence), task_id))
-        # Stored in the same stretch (R1): no worker meets an id without a task, no full queue a task.
+        # Stored in the same stretch (R1), so that no worker can meet an id without a task.
         task = self._tasks[task_id] = {
             "task_id": task_id, "task_type": task_type, "parameters": parameters,
             "priority": priority, "status": "queued", "progress": 0, "result": None, "error": None,
