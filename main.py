@@ -547,7 +547,7 @@ def problem_item(error: Mapping[str, Any]) -> dict[str, str]:
     if kind.startswith("model"):  # and here name our class
         detail = "Input should be an object, and its Content-Type application/json"
     if where != "body":
-        return {"detail": detail, "pointer": str(error["loc"][-1])}
+        return {"detail": detail, "pointer": error["loc"][-1]}
     # path[0] is the union's tag. An unknown field's name is the client's: long, or with surrogates.
     keys = [str(key)[:50].replace("~", "~0").replace("/", "~1") for key in path[1:]]
     return {"detail": detail, "pointer": quote("/".join(["#", *keys]), "#/", errors="replace")}

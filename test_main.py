@@ -368,7 +368,8 @@ async def test_time_scale_multiplies_the_work(scale: float) -> None:
 async def test_list_filters_and_limits_in_order_of_submission() -> None:
     """The list is in order of submission, by status and up to a limit, however many there are."""
     async with world(workers=1, queue_size=10**4) as here:
-        assert (await here.http.get("/tasks")).text == "[]\n"
+        answer = await here.http.get("/tasks")
+        assert (answer.text, answer.headers["content-type"]) == ("[]\n", "application/json")
         ids = [await here.submit() for _ in range(4)]
         await real_sleep(5.001)
         await here.cancel(ids[2])
@@ -457,26 +458,51 @@ async def test_the_root_leads_to_the_docs() -> None:
             assert (await here.http.get(path)).status_code == 200
 
 
-async def test_openapi_tells_the_truth() -> None:
-    """The OpenAPI document has no 422, and problems, headers, examples and the poll's query."""
+OPERATIONS = {
+    "submit_task": {"202", "400", "413", "429", "503", "default"},
+    "list_tasks": {"200", "400", "429", "default"},
+    "get_task": {"200", "400", "404", "429", "default"},
+    "cancel_task": {"200", "400", "404", "409", "429", "default"},
+    "health": {"200", "503"},
+}
+
+
+async def test_openapi_names_every_answer() -> None:
+    """The OpenAPI document has each operation's answers, with their media type, and no 422."""
     async with world() as here:
         document = (await here.http.get("/openapi.json")).json()
-        assert "422" not in json.dumps(document)
-        for path, operations in document["paths"].items():
-            for operation in operations.values():
-                assert operation["description"]
-                for status, answer in operation["responses"].items():
-                    kind = "json" if status in ("200", "202") else "problem+json"
-                    assert answer["content"][f"application/{kind}"]["schema"]
-                    assert path == "/health" or "RateLimit" in answer["headers"]
-        post = document["paths"]["/tasks"]["post"]
-        assert "Location" in post["responses"]["202"]["headers"]
+        found = [item for path in document["paths"].values() for item in path.values()]
+        assert {item["operationId"]: set(item["responses"]) for item in found} == OPERATIONS
+        assert document["info"]["title"] == "Task manager" and document["info"]["description"]
+        for operation in found:
+            assert operation["description"] and operation["summary"]
+            for status, answer in operation["responses"].items():
+                kind = "json" if status in ("200", "202") else "problem+json"
+                assert answer["content"][f"application/{kind}"]["schema"]
+                limited = operation["operationId"] != "health"
+                assert limited == (
+                    {"RateLimit", "RateLimit-Policy"} <= set(answer.get("headers", ()))
+                )
+                assert ("Location" in answer.get("headers", ())) == (status == "202")
+
+
+async def test_openapi_describes_what_to_send() -> None:
+    """The OpenAPI document has the poll's query, the bounds of a number, and examples that work."""
+    async with world() as here:
+        document = (await here.http.get("/openapi.json")).json()
         query = document["paths"]["/tasks/{task_id}"]["get"]["parameters"]
-        assert [p["name"] for p in query] == ["task_id", "wait", "since"]
-        examples = post["requestBody"]["content"]["application/json"]["examples"]
+        assert [(p["name"], p["in"]) for p in query] == [
+            *[("task_id", "path"), ("wait", "query"), ("since", "query")]
+        ]
+        assert all(p["schema"] and p["description"] for p in query[1:])
+        numbers = document["components"]["schemas"]["SumParameters"]["properties"]["numbers"]
+        assert numbers["items"] == {"type": "number", "minimum": -1e300, "maximum": 1e300}
+        body = document["paths"]["/tasks"]["post"]["requestBody"]
+        examples = body["content"]["application/json"]["examples"]
         for example in examples.values():
             assert (await here.http.post("/tasks", json=example["value"])).status_code == 202
-        assert len(examples) == 3
+        kinds = [task["task_type"] for task in await here.list()]
+        assert kinds == ["compute_sum", "generate_report", "simulate_failure"]
 
 
 async def test_the_life_of_a_task_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -1109,7 +1135,7 @@ async def test_work_that_ignores_its_cancellation(
         await real_sleep(2)
         if end == "cancel":
             await here.cancel(task_id)
-        await real_sleep(8 + main.CANCEL_GRACE - 0.01)
+        await real_sleep(8 + 5 - 0.01)  # what is left of the time-out, and the grace
         status = {"timeout": "failed", "cancel": "cancelled"}[end]
         assert (await here.get(task_id))["status"] == status
         assert (await here.get(after))["status"] == "queued"
@@ -1140,7 +1166,7 @@ async def test_cancelled_work_keeps_its_worker_while_it_cleans_up(
 
 
 async def test_a_dead_batch_turns_health_red(
-    monkeypatch: pytest.MonkeyPatch, expected_errors: list[str]
+    monkeypatch: pytest.MonkeyPatch, expected_errors: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """When a worker dies, all stop: /health and POST answer 503, and no task is left hanging."""
     async with world(workers=2) as here:
@@ -1159,6 +1185,7 @@ async def test_a_dead_batch_turns_health_red(
             await here.http.post("/tasks", json={"task_type": "simulate_failure"}),
         ):
             assert answer.status_code == 503 and problem_of(answer)["detail"] == "No workers."
+        assert "RuntimeError: a bug" in caplog.text
         assert {(await here.get(i))["status"] for i in [running, *queued]} == {"cancelled"}
 
 
@@ -1317,6 +1344,22 @@ async def test_a_refused_body_is_not_read() -> None:
     assert sent[0]["status"] == 429
 
 
+async def test_what_is_not_http_passes_by() -> None:
+    """A WebSocket handshake on any path is refused by the router, and does not count."""
+    app = create_app(Settings(rate_limit=1))
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope: dict[str, Any] = {"type": "websocket", "path": "/tasks", "root_path": "", "headers": []}
+    await app(scope | {"client": ("10.0.0.1", 1), "query_string": b""}, receive, send)
+    assert sent[0]["type"] == "websocket.close" and not app.state.limiter._hits
+
+
 @pytest.mark.parametrize("path", sorted(main.UNLIMITED))
 async def test_some_paths_are_free(path: str) -> None:
     """Documentation and health neither need quota nor use it."""
@@ -1429,6 +1472,10 @@ BAD_BODIES = [
     (of_sum('[1], "~a/b%": 1'), "#/parameters/~0a~1b%25", EXTRA),
     (of_sum('[1], "\\ud800": 1'), "#/parameters", "unicode"),
     (b'{"task_type": "simulate_failure", "prority": 1}', "#/prority", EXTRA),
+    (b'{"task_type": "simulate_failure", "parameters": {"m": 1}}', "#/parameters/m", EXTRA),
+    (b'{"task_type": "compute_sum", "parameters": {"numbers": [1]}, "x": 1}', "#/x", EXTRA),
+    (b'{"task_type": "generate_report", "parameters": {"title": "t"}, "x": 1}', "#/x", EXTRA),
+    (of_report('"title": "t", "x": 1'), "#/parameters/x", EXTRA),
     (b'{"task_type": "simulate_failure", "%b": 1}' % (b"k" * 9000), "#/" + "k" * 50, EXTRA),
     (b'{"task_type": "simulate_failure", "priority": "urgent"}', "#/priority", "'low'"),
     (b'{"task_type": "simulate_failure", "priority": 1}', "#/priority", "'low'"),
@@ -1635,12 +1682,20 @@ def test_a_bad_setting_stops_the_start(
         create_app()
 
 
-@pytest.mark.parametrize("name", sorted(set(VALID) - {"LONG_POLL", "PRIORITY_STEP", "TIME_SCALE"}))
-def test_some_settings_cannot_be_zero(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A size or time for which 0 makes no sense refuses it; the greatest value is accepted."""
+@pytest.mark.parametrize("name", VALID)
+def test_every_setting_has_its_greatest_value(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The upper bound of a setting is accepted, and one more is not."""
     most = 1000 if name == "WORKERS" else 10**9
     monkeypatch.setenv(f"TASKS_{name}", str(most))
     assert getattr(Settings.from_environment(), name.lower()) == most
+    monkeypatch.setenv(f"TASKS_{name}", str(most + 1))
+    with pytest.raises(SystemExit, match=f"less than or equal to {most}"):
+        create_app()
+
+
+@pytest.mark.parametrize("name", sorted(set(VALID) - {"LONG_POLL", "PRIORITY_STEP", "TIME_SCALE"}))
+def test_some_settings_cannot_be_zero(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A size or time for which 0 makes no sense refuses it, and all bad settings are named."""
     monkeypatch.setenv(f"TASKS_{name}", "0")
     monkeypatch.setenv("TASKS_TIME_SCALE", "-1")
     with pytest.raises(SystemExit, match=f"^TASKS_{name}: .*\nTASKS_TIME_SCALE: .*$"):
@@ -1703,7 +1758,7 @@ def test_start_again_in_another_loop() -> None:
 async def test_stopping_waits_for_clean_up_but_not_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stopping awaits the clean-up of cancelled work, for CANCEL_GRACE seconds."""
+    """Stopping awaits the clean-up of cancelled work, for five seconds."""
     cleaned = []
 
     async def job(task: Task) -> None:
@@ -1720,7 +1775,7 @@ async def test_stopping_waits_for_clean_up_but_not_for_ever(
             await here.submit(priority=priority)
         await real_sleep(1)
         start = main.now()
-    assert main.now() == start + main.CANCEL_GRACE and cleaned == ["high"]
+    assert main.now() == start + 5 and cleaned == ["high"]
     await real_sleep(50)
     assert cleaned == ["high", "low"] and not here.manager._running
 
