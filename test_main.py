@@ -1360,7 +1360,7 @@ async def test_what_is_not_http_passes_by() -> None:
     assert sent[0]["type"] == "websocket.close" and not app.state.limiter._hits
 
 
-@pytest.mark.parametrize("path", sorted(main.UNLIMITED))
+@pytest.mark.parametrize("path", ["/", "/docs", "/redoc", "/openapi.json", "/health"])
 async def test_some_paths_are_free(path: str) -> None:
     """Documentation and health neither need quota nor use it."""
     async with world(rate_limit=1) as here:
@@ -1441,6 +1441,7 @@ OBJECT = "Input should be an object, and its Content-Type application/json"
 NOT_JSON = "Not JSON in UTF-8, or nested too deep, or a number with too many digits"
 TYPE = "Input should be one of compute_sum, generate_report, simulate_failure"
 EXTRA = "Extra inputs are not permitted"
+OURS = {NUMBER, OBJECT, NOT_JSON, TYPE, EXTRA, "Field required"}  # the other texts are pydantic's
 # fmt: off
 BAD_BODIES = [
     (b"", "#", "Field required"),
@@ -1506,7 +1507,8 @@ async def test_bad_bodies_are_refused_at_the_door(body: bytes, pointer: str, det
         problem = problem_of(answer)
         assert problem["detail"] == "The request is not valid."
         assert [error["pointer"] for error in problem["errors"]] == [pointer]
-        assert detail in problem["errors"][0]["detail"]
+        found = problem["errors"][0]["detail"]
+        assert found == detail if detail in OURS else detail in found
         assert await here.list() == []
 
 
@@ -1537,6 +1539,12 @@ async def test_json_has_to_say_that_it_is(kind: str | None) -> None:
         headers = {"Content-Type": kind} if kind else {}
         answer = await here.http.post("/tasks", content=of_sum("[1]"), headers=headers)
         assert problem_of(answer)["errors"] == [{"detail": OBJECT, "pointer": "#"}]
+
+
+async def test_a_pointer_is_ascii_whatever_the_key() -> None:
+    """Should pydantic ever report a key with a lone surrogate, the pointer is fit for JSON."""
+    error = {"type": "extra_forbidden", "msg": "m", "loc": ("body", "compute_sum", "\ud800é")}
+    assert main.problem_item(error) == {"detail": "m", "pointer": "#/%3F%C3%A9"}
 
 
 async def test_many_errors_are_not_all_listed() -> None:
