@@ -26,8 +26,8 @@ R5  A worker survives its task. The work runs in an asyncio task of its own, and
 
 There is one clock, the event loop's: `now` reads it, `asyncio.sleep` and all timers wait on it.
 What this file does not do: keep anything over a restart, run as several processes (`--workers 2`
-would be two managers), know users, stop work that blocks the loop or ignores its cancellation. An
-engine that does fits behind the same contract. To run it: `uvicorn main:app --reload`, and /docs.
+would be two managers), know users, stop work that blocks the loop or ignores its cancellation. What
+does all that would fit behind the same contract. To run it: `uvicorn main:app --reload`.
 """
 
 import asyncio
@@ -121,14 +121,14 @@ class Task(TypedDict):
     result: Any  # None unless completed
     error: TaskError | None  # None unless failed
     created_at: datetime  # in UTC, like the others
-    started_at: datetime | None  # None until processing; for ever, if cancelled while queued
+    started_at: datetime | None  # None until processing, and so for ever if cancelled before
     finished_at: datetime | None  # None until final
     expires_at: datetime | None  # None until final; the record is gone from this instant on
 
 
 Tasks: TypeAlias = dict[str, Task]  # by id, in order of submission
 encode = partial(to_json, inf_nan_mode="null")  # value -> JSON in bytes; ValueError if it has none
-_WALL_CLOCK_ZERO = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic())
+_ZERO = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic())  # date of the loop's 0
 
 
 def now() -> float:
@@ -138,7 +138,7 @@ def now() -> float:
 
 def utc(moment: float) -> datetime:
     """Return the date of a `now()`; anchored once, so a step of the wall clock reorders nothing."""
-    return _WALL_CLOCK_ZERO + timedelta(seconds=moment)
+    return _ZERO + timedelta(seconds=moment)
 
 
 # --- Errors ---------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def classify_failure(exc: BaseException) -> TaskError:
     """Return what the client may know of the exception that failed a task."""
     match exc:
         case TaskFailedError():
-            # A lone surrogate in a message would make every list with this task a 500.
+            # A lone surrogate in a message would break off every list with this task.
             return {"code": "task_failed", "message": str(exc).encode(errors="replace").decode()}
         case TimeoutError() | asyncio.TimeoutError():  # one class from Python 3.11 on
             return {"code": "timeout", "message": "The task took too long."}
@@ -262,8 +262,7 @@ class RateLimiter:
         async with self._lock:
             moment = now()
             hits = self._hits.setdefault(key, deque())
-            # The same sum as in `reset`: written another way, it could round to refuse a client
-            # that came back after just the seconds it was told.
+            # The sum that `reset` has: another form could round to refuse who waited just so long.
             while hits and hits[0] + self.window <= moment:
                 hits.popleft()
             if allowed := len(hits) < self.limit:
@@ -293,8 +292,8 @@ def client_key(host: str) -> str:
 
 
 # --- Queue ----------------------------------------------------------------------------------------
-# The queued tasks, the earliest due first. asyncio.PriorityQueue has the bound, the order and the
-# care for cancelled getters, which look again if their entry is gone; `remove` is what it lacks.
+# The queued tasks, the earliest due first. asyncio.PriorityQueue has the bound, the order, and
+# getters that look again if the entry that woke them is gone; it lacks a way to take one out.
 Entry: TypeAlias = tuple[float, int, str]  # due time, sequence number that breaks ties, task id
 RANK: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
@@ -310,7 +309,7 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 
 # --- Task manager ---------------------------------------------------------------------------------
 # All tasks, in the order of a task's life. A method without `async` is atomic (R1).
-CANCEL_GRACE = 5.0  # seconds that cancelled work has to clean up, before its worker goes on
+CANCEL_GRACE = 5.0  # seconds that work has to clean up after its time-out, or when all stop
 
 
 class TaskManager:
@@ -321,7 +320,7 @@ class TaskManager:
         self._sequence = itertools.count()
         self._changed: dict[str, asyncio.Event] = {}  # id -> its next change, if awaited (R2)
         self._running: dict[str, asyncio.Task[None]] = {}  # id -> its work, until that has ended
-        self._finished: deque[tuple[datetime, str]] = deque()  # (expires_at, id), by both times
+        self._finished: deque[tuple[datetime, str]] = deque()  # (expires_at, id), next first
         self._stopped = False  # from the end of `run` to its next start
 
     def submit(self, task_type: TaskType, parameters: Parameters, priority: Priority) -> Task:
@@ -331,8 +330,7 @@ class TaskManager:
         task_id, moment = str(uuid4()), now()
         # Never recomputed, and nothing starves: low goes before a high that came two steps later.
         due = moment + RANK[priority] * self._settings.priority_step
-        self._queue.put_nowait((due, next(self._sequence), task_id))
-        # Stored in the same stretch (R1), so that no worker can meet an id without a task.
+        self._queue.put_nowait((due, next(self._sequence), task_id))  # stored in one stretch: R1
         task = self._tasks[task_id] = {
             "task_id": task_id, "task_type": task_type, "parameters": parameters,
             "priority": priority, "status": "queued", "progress": 0, "result": None, "error": None,
@@ -349,7 +347,7 @@ class TaskManager:
         raise TaskNotFoundError(task_id)
 
     async def wait(self, task_id: str, since: Status | None = None) -> Task:
-        """Return a task once final, or not `since` (None: what it is now), or after `long_poll` s.
+        """Return a task when final or no longer `since` (None: as it is), at last after a while.
 
         poller: reads "processing" and takes Event 1, in one stretch
         worker: moves the task to "completed", sets Event 1
@@ -361,11 +359,10 @@ class TaskManager:
         changed = self._changed.setdefault(task_id, asyncio.Event())
         waiter = asyncio.create_task(changed.wait())
         try:
-            # wait_for can lose a cancellation, up to Python 3.11.
-            await asyncio.wait({waiter}, timeout=self._settings.long_poll)
+            await asyncio.wait({waiter}, timeout=self._settings.long_poll)  # 3.10's wait_for races
         finally:
             waiter.cancel()
-        return task  # not `self.get`: it may have expired meanwhile, but we still hold it
+        return task  # not `self.get`: it may have expired meanwhile (see `expire`)
 
     def snapshot(self) -> list[Task]:
         """Return all tasks in order of submission; the list will not change, its tasks may."""
@@ -397,7 +394,7 @@ class TaskManager:
         if task["status"] == "queued":
             self._queue.remove(task_id)
         if self._move(task, "cancelled") and (work := self._running.get(task_id)):
-            work.cancel()  # after the mark: work that never made a step could not make it
+            work.cancel()  # marked above: before its first step, work cannot even catch this
         return task
 
     async def run(self) -> None:
@@ -415,8 +412,8 @@ class TaskManager:
             jobs = [*workers, *self._running.values()]
             for job in jobs:  # the workers too: when one dies, gather leaves the others running
                 job.cancel()
+            self._queue = TaskQueue(self._settings.queue_size)  # for the next start, and its loop
             await asyncio.wait(jobs, timeout=CANCEL_GRACE)
-            self._queue = TaskQueue(self._settings.queue_size)  # the old one is bound to this loop
 
     async def _worker(self) -> None:
         while True:
@@ -476,7 +473,7 @@ class TaskManager:
             task["progress"] = max(task["progress"], min(percent, 99))
 
     def _move(self, task: Task, status: Status, outcome: Any = None) -> bool:
-        """Change a status, with the result or error, and wake the waiters (R2); False: no (R3)."""
+        """Change a status, if NEXT allows (R3), with its result or error; wake the waiters (R2)."""
         if status not in NEXT.get(task["status"], ()):
             return False
         task_id, moment = task["task_id"], now()
@@ -513,13 +510,13 @@ class TaskManager:
 
 
 # --- HTTP layer -----------------------------------------------------------------------------------
-# Dull on purpose: routes translate, `handle_error` alone says what an error means, and `problem`
+# Dull on purpose: routes translate, `handle_error` says what an exception means, and `problem`
 # makes every error answer. FastAPI parses a body before it runs a dependency, and runs none for 404
 # and 405, so the limits are ASGI middleware.
 TASK = "/tasks/{task_id}"
 UNLIMITED = frozenset({"/", "/docs", "/redoc", "/openapi.json", "/health"})  # not counted
 INVALID = "The request is not valid."  # the `errors` of the problem tell more
-CHUNK = 250  # tasks in a chunk of a list
+CHUNK = 65536  # bytes of a list between two turns for others
 TYPES = ", ".join(get_args(TaskType))
 answer = partial(Response, media_type="application/json")
 TEXT = {"schema": {"type": "string"}}
@@ -545,7 +542,7 @@ def problem_item(error: Mapping[str, Any]) -> dict[str, str]:
     if kind.startswith("union_tag"):  # pydantic would echo the tag
         return {"detail": f"Input should be one of {TYPES}", "pointer": "#/task_type"}
     if kind.startswith("model"):  # and here name our class
-        detail = "Input should be an object, and its Content-Type application/json"
+        detail = "Input should be an object" + ("" if path else " sent as application/json")
     if where != "body":
         return {"detail": detail, "pointer": error["loc"][-1]}
     # path[0] is the union's tag. An unknown field's name is the client's: long, or with surrogates.
@@ -605,12 +602,14 @@ class Gate:
             await send(message)
 
         if allowed:
-            return await self._app(scope, self._bounded(receive), send_with_headers)
+            # No GET has its body read, but a stream listens on `receive` for the client to leave.
+            body = receive if scope["method"] == "GET" else self._bounded(receive)
+            return await self._app(scope, body, send_with_headers)
         refusal = problem(429, f"Try again in {reset} s.", {"Retry-After": str(reset)})
         return await refusal(scope, receive, send_with_headers)
 
     def _bounded(self, receive: Receive) -> Receive:
-        """Wrap `receive`: HTTPException 413 for a body that is too long, 400 if it is not UTF-8."""
+        """Wrap `receive`: HTTPException 413 for a body that is too long, 400 for one with a NUL."""
         size = 0
 
         async def bounded_receive() -> Message:
@@ -628,17 +627,19 @@ class Gate:
 
 async def stream(tasks: list[Task], status: Status | None, limit: int) -> AsyncIterator[bytes]:
     """Yield the tasks in `status` (None: in any) as a JSON array, a task a line, many a chunk."""
-    opening = b"["
-    for start in range(0, len(tasks), CHUNK):
+    chunk, separator = bytearray(b"["), b"\n"
+    for task in tasks:
         # Filtered as late as this, so that each line agrees with the filter when it is written.
-        chunk = [task for task in tasks[start : start + CHUNK] if status in (None, task["status"])]
-        if chunk := chunk[:limit]:
-            yield opening + b"\n" + b",\n".join(map(encode, chunk))
-            opening, limit = b",", limit - len(chunk)
+        if status in (None, task["status"]):
+            chunk += separator + encode(task)
+            separator, limit = b",\n", limit - 1
+        if len(chunk) > CHUNK:
+            yield bytes(chunk)
+            chunk.clear()
+            await asyncio.sleep(0)  # a generator that never waits would hold up everybody else
         if not limit:
             break
-        await asyncio.sleep(0)  # a generator that never waits would hold up everybody else
-    yield b"[]\n" if opening == b"[" else b"\n]\n"
+    yield bytes(chunk) + (b"]\n" if separator == b"\n" else b"\n]\n")
 
 
 def answers(success: int, *errors: int, **headers: Any) -> dict[Any, Any]:
