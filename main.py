@@ -26,8 +26,8 @@ R5  A worker survives its task. The work runs in an asyncio task of its own, and
 
 There is one clock, the event loop's: `now` reads it, `asyncio.sleep` and all timers wait on it.
 What this file does not do: keep anything over a restart, run as several processes (`--workers 2`
-would be two managers), know users, stop work that blocks the loop or ignores its cancellation. What
-does all that would fit behind the same contract. To run it: `uvicorn main:app --reload`.
+would be two managers), know users, stop work that blocks the loop or ignores its cancellation. An
+engine that does would keep the same HTTP contract. To run it: `uvicorn main:app --reload`.
 """
 
 import asyncio
@@ -328,9 +328,11 @@ class TaskManager:
         if self._stopped or self._queue.full():
             raise UnavailableError("No workers." if self._stopped else "The queue is full.")
         task_id, moment = str(uuid4()), now()
-        # Never recomputed, and nothing starves: low goes before a high that came two steps later.
+        # A time plus a constant, so it stays, and low goes before a high that is two steps younger.
         due = moment + RANK[priority] * self._settings.priority_step
-        self._queue.put_nowait((due, next(self._sequence), task_id))  # stored in one stretch: R1
+        self._queue.put_nowait(
+            (due, next(self._sequence), task_id)
+        )  # and stored in one stretch: R1
         task = self._tasks[task_id] = {
             "task_id": task_id, "task_type": task_type, "parameters": parameters,
             "priority": priority, "status": "queued", "progress": 0, "result": None, "error": None,
@@ -347,7 +349,7 @@ class TaskManager:
         raise TaskNotFoundError(task_id)
 
     async def wait(self, task_id: str, since: Status | None = None) -> Task:
-        """Return a task when final or no longer `since` (None: as it is), at last after a while.
+        """Return a task when it is final or no longer `since` (None: as now), or after `long_poll`.
 
         poller: reads "processing" and takes Event 1, in one stretch
         worker: moves the task to "completed", sets Event 1
