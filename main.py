@@ -330,9 +330,7 @@ class TaskManager:
         task_id, moment = str(uuid4()), now()
         # A time plus a constant, so it stays, and low goes before a high that is two steps younger.
         due = moment + RANK[priority] * self._settings.priority_step
-        self._queue.put_nowait(
-            (due, next(self._sequence), task_id)
-        )  # and stored in one stretch: R1
+        self._queue.put_nowait((due, next(self._sequence), task_id))  # stored in one stretch: R1
         task = self._tasks[task_id] = {
             "task_id": task_id, "task_type": task_type, "parameters": parameters,
             "priority": priority, "status": "queued", "progress": 0, "result": None, "error": None,
