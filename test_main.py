@@ -495,6 +495,9 @@ async def test_openapi_names_every_answer() -> None:
                     {"RateLimit", "RateLimit-Policy"} <= set(answer.get("headers", ()))
                 )
                 assert ("Location" in answer.get("headers", ())) == (status == "202")
+                assert ("Retry-After" in answer.get("headers", ())) == (limited and kind != "json")
+                for header in answer.get("headers", {}).values():
+                    assert header["schema"] == {"type": "string"}
 
 
 async def test_openapi_describes_what_to_send() -> None:
@@ -508,6 +511,11 @@ async def test_openapi_describes_what_to_send() -> None:
         assert all(p["schema"] and p["description"] for p in query[1:])
         numbers = document["components"]["schemas"]["SumParameters"]["properties"]["numbers"]
         assert numbers["items"] == {"type": "number", "minimum": -1e300, "maximum": 1e300}
+        texts = {"task_id": "string", "code": "string", "message": "string"}
+        for name in ("Accepted", "TaskError"):
+            for field, schema in document["components"]["schemas"][name]["properties"].items():
+                assert schema["type"] == texts.pop(field, None) or schema["const"] == "queued"
+        assert not texts
         body = document["paths"]["/tasks"]["post"]["requestBody"]
         examples = body["content"]["application/json"]["examples"]
         for example in examples.values():
@@ -897,11 +905,11 @@ async def test_removal_keeps_the_order_of_the_rest(victim: int) -> None:
         await here.submit()
         await ticks()
         ids = []
-        for priority in ("low", "high", "normal", "low", "high", "normal"):
+        for priority in ("high", "high", "normal", "normal", "high", "high"):
             ids.append(await here.submit(priority=priority))
         await here.cancel(ids[victim])
         await real_sleep(60)
-        tasks = [await here.get(ids[i]) for i in (1, 4, 2, 5, 0, 3) if i != victim]
+        tasks = [await here.get(ids[i]) for i in (0, 1, 4, 5, 2, 3) if i != victim]
         starts = [task["started_at"] for task in tasks]
         assert starts == sorted(starts) and len(set(starts)) == 5
 
@@ -916,6 +924,17 @@ async def test_cancelled_between_the_wake_and_the_take() -> None:
         await ticks()
         assert (first["status"], second["status"]) == ("cancelled", "processing")
         assert first["started_at"] is None
+
+
+async def test_a_task_is_queued_until_it_is_processing() -> None:
+    """R1, R4: at no tick has a task left the queue and is not processing yet."""
+    async with world(workers=2) as here:
+        for _ in range(3):
+            here.manager.submit("compute_sum", {"numbers": [1]}, "normal")
+        for _ in range(10):
+            here.check_books()
+            await ticks(1)
+        assert here.manager.health()["workers"]["busy"] == 2
 
 
 async def starts(here: World, ids: list[str]) -> list[float]:
@@ -1317,6 +1336,7 @@ async def test_a_refused_request_does_not_count() -> None:
         ("PUT", "/tasks", None, 405),
         ("GET", "/tasks/", None, 404),
         ("GET", "/tasks/x", None, 400),
+        ("GET", f"/tasks/{NOBODY}?wait=maybe", None, 400),
         ("GET", f"/tasks/{NOBODY}", None, 404),
         ("DELETE", f"/tasks/{NOBODY}", None, 404),
         ("GET", "/docs/oauth2-redirect", None, 404),
@@ -1448,23 +1468,18 @@ def of_report(more: str) -> bytes:
 
 
 NUMBER = "Input should be a number from -1e300 to 1e300"
+PLAIN = "Input should be an object"
 OBJECT = "Input should be an object sent as application/json"
 NOT_JSON = "Not JSON in UTF-8, or nested too deep, or a number with too many digits"
 TYPE = "Input should be one of compute_sum, generate_report, simulate_failure"
 EXTRA = "Extra inputs are not permitted"
-OURS = {
-    NUMBER,
-    OBJECT,
-    NOT_JSON,
-    TYPE,
-    EXTRA,
-    "Field required",
-    "Input should be an object",
-}  # the other texts are pydantic's
+MALFORMED = "Malformed JSON at character 13"
+# Our own texts, which are compared to the letter; the others are pydantic's.
+OURS = {MALFORMED, NUMBER, OBJECT, NOT_JSON, TYPE, EXTRA, "Field required", PLAIN}
 # fmt: off
 BAD_BODIES = [
     (b"", "#", "Field required"),
-    (b'{"task_type":', "#", "Malformed JSON at character 13"),
+    (b'{"task_type":', "#", MALFORMED),
     (b"[]", "#", OBJECT),
     (b"null", "#", OBJECT),
     (b'{"task_type": "\xe9"}', "#", NOT_JSON),
@@ -1488,7 +1503,7 @@ BAD_BODIES = [
     (of_sum('{"a": 1}'), "#/parameters/numbers", "valid list"),
     (b'{"task_type": "compute_sum"}', "#/parameters", "Field required"),
     (b'{"task_type": "compute_sum", "parameters": {}}', "#/parameters/numbers", "Field required"),
-    (b'{"task_type": "compute_sum", "parameters": 5}', "#/parameters", "Input should be an object"),
+    (b'{"task_type": "compute_sum", "parameters": 5}', "#/parameters", PLAIN),
     (of_sum('[1], "~a/b%": 1'), "#/parameters/~0a~1b%25", EXTRA),
     (of_sum('[1], "\\ud800": 1'), "#/parameters", "unicode"),
     (b'{"task_type": "simulate_failure", "prority": 1}', "#/prority", EXTRA),
