@@ -581,23 +581,23 @@ class Gate:
 
     def __init__(self, app: ASGIApp, limiter: RateLimiter, max_body: int) -> None:
         self._app, self._limiter, self._max_body = app, limiter, max_body
+        self._policy = f'"default";q={limiter.limit};w={limiter.window}'
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         prefix = scope.get("root_path", "")  # of a proxy; the path begins with it
         if scope["type"] != "http" or scope["path"].removeprefix(prefix) in UNLIMITED:
             return await self._app(scope, receive, send)
-        # The peer as uvicorn gives it, who also knows which X-Forwarded-For to trust.
-        host, _ = scope.get("client") or ("", 0)
+        host, _ = scope.get("client") or ("", 0)  # uvicorn knows which X-Forwarded-For to trust
         allowed, left, reset = await self._limiter.hit(client_key(host))
         headers = scope["gate.headers"] = {
-            "ratelimit-policy": f'"default";q={self._limiter.limit};w={self._limiter.window}',
+            "ratelimit-policy": self._policy,
             "ratelimit": f'"default";r={left};t={reset}',
             "cache-control": "no-store",
         }
+        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                raw = [(name.encode(), value.encode()) for name, value in headers.items()]
                 message["headers"] = [*message["headers"], *raw]
             await send(message)
 
