@@ -258,7 +258,7 @@ class RateLimiter:
         self._lock = asyncio.Lock()  # R1 would do, until the day when the times move to a store
 
     async def hit(self, key: str) -> tuple[bool, int, int]:
-        """Count a request if there is room: (counted?, requests left, seconds until one more)."""
+        """Count a request if there is room: (counted?, left, whole seconds until one more)."""
         async with self._lock:
             moment = now()
             hits = self._hits.setdefault(key, deque())
