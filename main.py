@@ -1,748 +1,1798 @@
-"""A rate-limited asynchronous task manager with polling, in one file to be read from top to bottom.
+"""A rate-limited asynchronous task manager with polling: one file, to be read from top to bottom.
 
-Clients submit tasks, poll or long-poll them, list them and cancel them. Workers take the tasks from
-an in-memory priority queue, ended tasks expire, and each address may send 10 requests a minute. The
-path of a task through this file, and its states, which only ever move forward:
+Clients submit tasks over HTTP, poll or long-poll them, list them and cancel them. Five workers take
+the tasks from a priority queue in memory, ended tasks are kept for ten minutes, and each client
+address may send ten requests a minute. To run it: `uvicorn main:app --reload`, then open /docs.
 
-    POST /tasks -> Gate (limits) -> Submission (validation) -> TaskManager.submit -> TaskQueue
-        -> _worker -> _run -> _work -> _execute -> _move -> expire
+
+The path of a task
+------------------
+
+    POST /tasks -> RateLimitMiddleware -> BodyLimitMiddleware -> a Submission (validated)
+        -> TaskManager.submit -> TaskQueue -> a worker -> _run_task -> _work -> _execute
+        -> _change_status -> ten minutes later: expire
 
     queued ---> processing ---> completed | failed
        |            |
        +------------+---------> cancelled
 
-Five rules make it correct, and are cited where the code relies on them:
+A status only ever moves along these arrows. The three on the right are final.
 
-R1  There is one event loop, so a stretch of code without `await` is atomic. Every change of a
+
+Three facts of asyncio
+----------------------
+
+Everything below rests on them.
+
+1.  One thread runs all coroutines, and it changes from one to another only where one of them really
+    waits, which can happen at an `await` and nowhere else. The code between two waits is called a
+    *stretch* here. A stretch is atomic: nobody else runs in the middle of it. An `await` of a
+    coroutine that does not wait itself ends no stretch: the callee runs as if it stood in line.
+2.  `task.cancel()` does not stop anything. It makes `asyncio.CancelledError` rise at the await
+    where the asyncio task waits, the next time that this gets its turn. The code there may clean
+    up, may take its time, may even ignore it. And if the asyncio task has not taken its first step
+    yet, not a line of it ever runs: no `except`, no `finally`.
+3.  An `asyncio.Event` is a flag with a waiting room. `set()` lets all who wait go on, each when the
+    loop comes to it, and whoever comes later does not wait at all. `clear()` closes the room again.
+
+An *asyncio task* is what `asyncio.create_task` makes: a coroutine that runs beside the others. A
+plain *task* in this file is always a record: what a client has submitted.
+
+
+Six rules
+---------
+
+They make the program correct. The code cites them where it relies on them.
+
+R1  A stretch is atomic, so whatever must be seen whole happens in one stretch. Every change of a
     record is such a stretch, and needs no lock.
-R2  One method, `TaskManager._move`, changes a status, and it wakes the waiters: it takes the task's
-    Event away, so that whoever comes later gets a fresh one, and sets it. A waiter gets the Event
-    in the same stretch in which it read the status. Nobody else sets one, and nobody clears one.
-R3  A final status is final. Whoever stops a task marks the record first and then cancels the
-    asyncio task; whatever that still says is ignored.
-R4  A task leaves the queue exactly once: to a worker or by cancellation, without a tombstone.
+R2  One method, `_change_status`, changes a status, and it wakes those who wait for the change: it
+    takes the task's Event out of the dict and sets that one; whoever comes later makes a new one. A
+    waiter takes the Event in the stretch in which it reads the status. Nobody clears an Event.
+    (Stopping the server wakes all waiters in the same way, and changes no status.)
+R3  A final status is final. Whoever stops a task first marks its record and then cancels the
+    asyncio task that works on it; whatever that one still says is ignored.
+R4  A task leaves the queue exactly once: to a worker or by cancellation. A cancelled task leaves
+    nothing behind in the queue and occupies no place there.
 R5  A worker survives its task. The work runs in an asyncio task of its own, and the worker waits
-    with `asyncio.wait`, which returns when that was cancelled and raises only when the worker is.
+    for it with `asyncio.wait`. That returns when the work was cancelled, and raises CancelledError
+    only when the worker itself is cancelled.
+R6  What is stored can be sent. Parameters and results are stored as copies that have been through
+    JSON once. What cannot go through is refused at the door, and what a client's or a task's code
+    still holds cannot change a record.
 
-There is one clock, the event loop's: `now` reads it, `asyncio.sleep` and all timers wait on it.
-What this file does not do: keep anything over a restart, run as several processes (`--workers 2`
-would be two managers), know users, stop work that blocks the loop or ignores its cancellation. An
-engine that does would keep the same HTTP contract. To run it: `uvicorn main:app --reload`.
+
+What this file does not do
+--------------------------
+
+It keeps nothing over a restart, it runs as one process only (`--workers 2` would be two managers,
+each with half of the tasks), it knows no users, so anybody may see and cancel everything, and it
+cannot stop work that blocks the event loop or ignores its cancellation. README.md says which
+engines do that, and what they would replace.
+
+
+Map
+---
+
+    The engine, which knows no HTTP          The API, which translates
+    -------------------------------          -------------------------
+    Vocabulary    words, the record          Models        what comes in and goes out
+    Errors        who raises what            Problems      one shape for all errors
+    Settings      the environment            Middleware    HEAD, rate limit, size of a body
+    Rate limiter  a sliding window           Stream        the list of tasks
+    Task queue    a heap with a way out      Routes        dull on purpose
+    Task manager  a task's life, in order    The app       the lifespan owns the background
 """
 
 import asyncio
 import heapq
 import ipaddress
 import itertools
+import json
 import logging
 import math
 import os
-import time
-from collections import Counter, deque
-from collections.abc import AsyncIterator, Coroutine, Mapping
-from contextlib import asynccontextmanager
+import signal
+import textwrap
+import threading
+import traceback
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from functools import lru_cache, partial
+from functools import partial
 from http import HTTPStatus
-from typing import Annotated, Any, Literal, TypeAlias, get_args
+from types import FrameType
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 from urllib.parse import quote
 from uuid import UUID, uuid4
 
 from fastapi import Body, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import RedirectResponse, StreamingResponse
-from pydantic import BaseModel, FailFast, Field, PlainValidator, TypeAdapter, ValidationError
-from pydantic_core import PydanticCustomError, to_json
+from fastapi.routing import APIRoute
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
+from pydantic_core import PydanticCustomError, from_json, to_json, to_jsonable_python
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from typing_extensions import NotRequired, TypedDict  # typing's is not enough for pydantic on 3.10
+from typing_extensions import NotRequired, TypeAliasType, TypedDict  # pydantic needs these on 3.10
 
-# A child of uvicorn's logger, so that its lines show, once, under a plain `uvicorn main:app`.
+# A plain `getLogger(__name__)` would show nothing under uvicorn, which configures its own loggers
+# and leaves the root logger alone. A child of one of uvicorn's appears beside its lines.
 log = logging.getLogger("uvicorn.error.tasks")
 
-# --- Settings -------------------------------------------------------------------------------------
-# Checked once, at start. All numbers are bounded: a timer of `nan` would corrupt the loop's heap.
+
+# ==================================================================================================
+# Vocabulary
+#
+# A task is one dict from its submission to its end, and that dict is what clients get. It is a
+# TypedDict: a plain dict at run time, which is what the JSON encoder is fastest with, and a checked
+# type for mypy. The docstrings below its fields are for two readers: pydantic carries them into the
+# OpenAPI document, so /docs says the same as this file.
+# ==================================================================================================
+
+# `TypeAliasType` is `type Status = ...` for Pythons before 3.12. Unlike a plain alias it has a name
+# at run time, under which it appears in the OpenAPI document: once, and not in every field.
+Status = TypeAliasType(
+    "Status",
+    Literal["queued", "processing", "completed", "failed", "cancelled"],
+)
+Priority = TypeAliasType("Priority", Literal["high", "normal", "low"])
+ErrorCode = TypeAliasType("ErrorCode", Literal["task_failed", "timeout", "internal_error"])
+
+STATUSES: tuple[Status, ...] = get_args(Status.__value__)
+
+# The drawing at the top of the file, as data: which statuses may follow a status.
+TRANSITIONS: Mapping[Status, tuple[Status, ...]] = {
+    "queued": ("processing", "cancelled"),
+    "processing": ("completed", "failed", "cancelled"),
+    "completed": (),
+    "failed": (),
+    "cancelled": (),
+}
+FINAL = frozenset(status for status in STATUSES if not TRANSITIONS[status])
+
+Parameters: TypeAlias = dict[str, Any]
+Timestamp: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+TaskId: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+
+documented = with_config(ConfigDict(use_attribute_docstrings=True))
+
+
+@documented
+class TaskError(TypedDict):
+    """Why a task has failed."""
+
+    code: ErrorCode
+    """`task_failed`: the work says that it cannot be done; `timeout`: it took too long;
+    `internal_error`: a fault of the server, whose log tells more."""
+
+    message: str
+    """For a person to read. With `task_failed` it is the work's own."""
+
+
+@documented
+class Task(TypedDict):
+    """A task: the same twelve fields in every state, with null for what there is not, or not yet."""
+
+    task_id: TaskId
+    """A random UUID (version 4), made by the server."""
+
+    task_type: str
+    """As submitted. It decides what `parameters` and `result` are."""
+
+    parameters: Parameters
+    """As submitted, with the defaults filled in. They never change."""
+
+    priority: Priority
+    """As submitted. It decides when the task starts, and nothing else."""
+
+    status: Status
+    """Only ever moves forward: queued, processing, then completed, failed or cancelled."""
+
+    progress: int
+    """Percent. It never falls, and is 100 if and only if the task is completed."""
+
+    result: Any
+    """Null unless completed."""
+
+    error: TaskError | None
+    """Null unless failed."""
+
+    created_at: Timestamp
+    """When the task was submitted: UTC, RFC 3339, always with six digits and a Z."""
+
+    started_at: Timestamp | None
+    """Null until processing, and for ever if the task was cancelled before."""
+
+    finished_at: Timestamp | None
+    """Null until the task is completed, failed or cancelled."""
+
+    expires_at: Timestamp | None
+    """Null until `finished_at` is set; from this moment on the task is no longer there (404)."""
+
+
+@documented
+class Health(TypedDict):
+    """What `GET /health` answers while the workers run."""
+
+    status: Literal["ok"]
+    """Always `ok`; a server without workers answers 503."""
+
+    tasks: dict[Status, int]
+    """How many tasks there are in each status."""
+
+    queue: dict[Literal["size", "capacity"], int]
+    """How many tasks wait for a worker, and how many may; beyond, a submission gets 503."""
+
+    workers: dict[Literal["busy", "total"], int]
+    """How many workers have a task in hand, and how many there are."""
+
+
+# Two clocks, each read through one name, so that a test can own both. The loop's clock never jumps:
+# every deadline is measured on it. The wall clock may be set, and stands still for nobody: it is
+# read anew for every date that is written.
+
+
+def now() -> float:
+    """Return the event loop's time, in seconds since some moment in the past."""
+    return asyncio.get_running_loop().time()
+
+
+def utc_now() -> datetime:
+    """Return the date and time of the wall clock."""
+    return datetime.now(timezone.utc)
+
+
+def timestamp(moment: datetime) -> str:
+    """Return a UTC date as RFC 3339 writes it, with six digits also where they are zero."""
+    return moment.replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+
+
+def json_form(value: Any) -> Any:
+    """Return what `json.dumps` shall write for a value of a type that JSON does not have."""
+    if isinstance(value, bytes | bytearray | memoryview):
+        raise TypeError("bytes are no text: encode them, in base64 for example")
+    return to_jsonable_python(value)  # dates, dataclasses, models, sets, iterators
+
+
+def json_copy(value: Any, *, allow_nan: bool = False) -> Any:
+    """Return a copy of `value` that has been through JSON (R6).
+
+    Raise TypeError, ValueError or RecursionError for what cannot be sent: an object that JSON has
+    no form for, bytes, half a surrogate pair, a value inside itself, more than 200 levels. With
+    `allow_nan`, NaN and infinity pass. JSON has neither, so they are sent as null.
+    """
+    text = json.dumps(value, default=json_form, ensure_ascii=False)
+    return from_json(text.encode(), allow_inf_nan=allow_nan)
+
+
+def printable(text: str) -> str:
+    """Return `text` with a question mark for each half of a surrogate pair, which UTF-8 lacks."""
+    return text.encode(errors="replace").decode()
+
+
+# ==================================================================================================
+# Errors
+#
+# The manager refuses with a ManagerError and knows no HTTP; `handle_error`, far below, gives each
+# its status. TaskFailedError stands apart: it ends in a record, and never in an HTTP status.
+# ==================================================================================================
+
+
+class ManagerError(Exception):
+    """What the manager refuses. The base of the four below."""
+
+
+class InvalidParametersError(ManagerError):
+    """400: raised by `submit` for parameters that could not be sent out again (R6)."""
+
+
+class TaskNotFoundError(ManagerError):
+    """404: raised by whatever takes a task's id; there is no such task, or no longer."""
+
+
+class TaskFinishedError(ManagerError):
+    """409: raised by `cancel` for a task that has completed or failed."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__(task["task_id"])
+        self.task = task
+
+
+class UnavailableError(ManagerError):
+    """503: raised by `submit` and `health` where nobody would do the work, or there is no room."""
+
+    def __init__(self, detail: str, retry_after: int | None = None) -> None:
+        """Take the reason, and after how many seconds a client may try again, if that is known."""
+        super().__init__(detail)
+        self.detail = detail
+        self.retry_after = retry_after
+
+
+class TaskFailedError(Exception):
+    """Raised by work that cannot be done. Its message is for the client to read."""
+
+
+def classify_failure(exc: BaseException) -> TaskError:
+    """Return what the client may know of the exception that has ended a task's work."""
+    match exc:
+        case TaskFailedError():
+            return {"code": "task_failed", "message": printable(str(exc))}
+        case TimeoutError() | asyncio.TimeoutError():  # two classes before Python 3.11
+            return {"code": "timeout", "message": "The task took too long."}
+        # What an asyncio.TaskGroup raises. Python 3.10 has no name for it, and so mypy no attribute.
+        case BaseException(exceptions=[only_one]):  # type: ignore[misc]
+            return classify_failure(only_one)
+        case _:
+            return {"code": "internal_error", "message": "The task failed unexpectedly."}
+
+
+def traceback_text(exc: BaseException) -> str:
+    """Return a traceback for the log, in which no line can pass for a line of the log.
+
+    An exception's text may hold what a client has sent, line breaks included:
+
+        ValueError: no such file: x
+        INFO:     task 4711 completed        <-- forged, without the bar in front of each line
+    """
+    return textwrap.indent("".join(traceback.format_exception(exc)), "| ")
+
+
+# ==================================================================================================
+# Settings
+#
+# Read from the environment once, at the start, and checked there: a bad value is an error that
+# names the variable, and no server. All numbers are finite and bounded, since asyncio keeps its
+# timers in a heap, and a timer at `nan` corrupts the order of a heap. To add a setting, add a line.
+# ==================================================================================================
+
 Count: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=10**9)]
-Span: TypeAlias = Annotated[float, Field(ge=0, le=10**9)]  # seconds of which 0 makes sense
+SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=10**9)]
 
 
 class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """What can be tuned: `Settings(workers=2)` in a test, `TASKS_WORKERS=2` in the environment."""
 
-    workers: Annotated[int, Field(ge=1, le=1000)] = 5  # tasks at a time
-    queue_size: Count = 100  # pending tasks
-    rate_limit: Count = 10  # requests from one address in rate_window
-    rate_window: Count = 60  # whole seconds, since the RateLimit fields have no fractions
-    long_poll: Span = 10  # how long `wait=true` is held at most
-    retention: Seconds = 600  # how long a final task can still be asked for
-    cleanup_interval: Seconds = 30  # between two rounds of the timer
-    task_timeout: Seconds = 60  # for the work of a task, without its time in the queue
-    priority_step: Span = 30  # how much waiting a level of priority is worth
-    max_body: Count = 65536  # bytes
-    time_scale: Span = 1  # multiplies the time that simulated work takes
+    workers: Annotated[int, Field(ge=1, le=1000)] = 5
+    """How many tasks run at a time."""
+
+    queue_size: Count = 100
+    """How many tasks may wait for a worker."""
+
+    max_tasks: Count = 10_000
+    """How many tasks are kept in all, whatever their status."""
+
+    rate_limit: Count = 10
+    """How many requests one client address may send in any `rate_window`."""
+
+    rate_window: Count = 60
+    """Whole seconds, since the RateLimit header fields know no fractions."""
+
+    long_poll: SecondsOrZero = 10
+    """How many seconds a request with `wait=true` is held at most."""
+
+    retention: Seconds = 600
+    """For how many seconds after its end a task can still be asked for."""
+
+    cleanup_interval: Annotated[Seconds, Field(ge=0.1)] = 30
+    """Seconds between two rounds of the clean-up."""
+
+    task_timeout: Seconds = 60
+    """How many seconds the work of a task may take, its time in the queue not included."""
+
+    priority_step: SecondsOrZero = 30
+    """How many seconds of waiting one level of priority is worth: see the task queue."""
+
+    max_body: Count = 65_536
+    """How many bytes the body of a request may have."""
+
+    time_scale: SecondsOrZero = 1
+    """What the duration of the simulated work is multiplied by; 0 for none."""
 
     @classmethod
     def from_environment(cls) -> "Settings":
-        """Read the `TASKS_*` variables; SystemExit with a message that names each bad one."""
-        names = {name: f"TASKS_{name.upper()}" for name in cls.model_fields}
-        given = {name: os.environ[key] for name, key in names.items() if key in os.environ}
+        """Read the `TASKS_*` variables; raise SystemExit with a line for each bad one."""
+        variables = {name: f"TASKS_{name.upper()}" for name in cls.model_fields}
+        given = {name: os.environ.get(variable) for name, variable in variables.items()}
         try:
-            return cls.model_validate(given)
+            return cls.model_validate({k: v for k, v in given.items() if v is not None})
         except ValidationError as exc:
-            errors = [f"{names[str(error['loc'][0])]}: {error['msg']}" for error in exc.errors()]
-            raise SystemExit("\n".join(errors)) from None
+            lines = [f"{variables[str(e['loc'][0])]}: {e['msg']}" for e in exc.errors()]
+            raise SystemExit("\n".join(lines)) from None
 
 
-# --- Vocabulary -----------------------------------------------------------------------------------
-# A task is one dict from its submission to its end, and is what clients get: pydantic takes the
-# TypedDict for the schema, and writes the dict as it stands. Only `_move` and `_report` change it.
-TaskType: TypeAlias = Literal["compute_sum", "generate_report", "simulate_failure"]
-Priority: TypeAlias = Literal["high", "normal", "low"]
-Status: TypeAlias = Literal["queued", "processing", "completed", "failed", "cancelled"]
-Parameters: TypeAlias = dict[str, Any]
-TaskError = TypedDict("TaskError", {"code": str, "message": str})
-NEXT: Mapping[Status, tuple[Status, ...]] = {  # what may follow; a status that is no key is final
-    "queued": ("processing", "cancelled"),
-    "processing": ("completed", "failed", "cancelled"),
-}
+# ==================================================================================================
+# Rate limiter
+#
+# A sliding window: at most `limit` requests in any `window` seconds. For each key (a client's
+# address) a deque holds the times of the requests that were let through, oldest first: the new ones
+# are appended on the right, the old ones leave on the left. What a fixed window, a counter that is
+# reset every minute, would do:
+#
+#   11:59:59  client: ten requests, counted in the first minute
+#   12:00:00  the counter is reset
+#   12:00:00  client: ten more               <-- twenty within a second
+#
+# A refused request is not counted, so a client that keeps knocking gets in as soon as one that
+# waits.
+# ==================================================================================================
 
 
-class Task(TypedDict):
-    """A task: the same keys in every state, with null for what there is not, or not yet."""
-
-    task_id: str  # a UUID of version 4
-    task_type: TaskType  # decides what `parameters` and `result` are
-    parameters: Parameters  # as validated, defaults filled in
-    priority: Priority  # decides when it starts, and nothing else
-    status: Status  # moves along NEXT
-    progress: int  # percent, never falls, 100 if and only if completed
-    result: Any  # None unless completed
-    error: TaskError | None  # None unless failed
-    created_at: datetime  # in UTC, like the others
-    started_at: datetime | None  # None until processing, and so for ever if cancelled before
-    finished_at: datetime | None  # None until final
-    expires_at: datetime | None  # None until final; the record is gone from this instant on
-
-
-Tasks: TypeAlias = dict[str, Task]  # by id, in order of submission
-encode = partial(to_json, inf_nan_mode="null")  # value -> JSON in bytes; ValueError if it has none
-_ZERO = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic())  # date of the loop's 0
-
-
-def now() -> float:
-    """Return the event loop's time in seconds: the one name through which time is read."""
-    return asyncio.get_running_loop().time()
-
-
-def utc(moment: float) -> datetime:
-    """Return the date of a `now()`; anchored once, so a step of the wall clock reorders nothing."""
-    return _ZERO + timedelta(seconds=moment)
-
-
-# --- Errors ---------------------------------------------------------------------------------------
-# The manager raises ManagerErrors and knows no HTTP; `handle_error` gives each its status.
-# TaskFailedError stands apart: work raises it, and it ends in a record, never in HTTP.
-class ManagerError(Exception): ...  # the base of what the manager refuses
-
-
-class TaskNotFoundError(ManagerError): ...  # 404: there is no such task, or no more
-
-
-class TaskFinishedError(ManagerError): ...  # 409: the task, its argument, completed or failed
-
-
-class UnavailableError(ManagerError): ...  # 503: the queue is full, or the workers have stopped
-
-
-class TaskFailedError(Exception): ...  # fails the task whose work raises it; the client reads it
-
-
-def classify_failure(exc: BaseException) -> TaskError:
-    """Return what the client may know of the exception that failed a task."""
-    match exc:
-        case TaskFailedError():
-            # A lone surrogate in a message would break off every list with this task.
-            return {"code": "task_failed", "message": str(exc).encode(errors="replace").decode()}
-        case TimeoutError() | asyncio.TimeoutError():  # one class from Python 3.11 on
-            return {"code": "timeout", "message": "The task took too long."}
-        case _:
-            return {"code": "internal_error", "message": "The task failed unexpectedly."}
-
-
-# --- API models -----------------------------------------------------------------------------------
-# What passes here is stored and sent out again, so poison is refused at the door: json.loads takes
-# NaN, 1e400 and lone surrogates; pydantic takes true for 1, "5" for 5 and ignores unknown fields.
-def finite_number(value: Any) -> Any:
-    """Return an int or a float as it is: it is not converted, so that integers add up exactly."""
-    if type(value) in (int, float) and abs(value) <= 1e300:  # a bool is no int here; NaN is not <=
-        return value
-    raise PydanticCustomError("number", "Input should be a number from -1e300 to 1e300")
-
-
-Real: TypeAlias = Annotated[float, Field(ge=-1e300, le=1e300)]  # 10,000 add up to a finite float
-Number: TypeAlias = Annotated[Real, PlainValidator(finite_number, json_schema_input_type=Real)]
-Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
-Limit: TypeAlias = Annotated[int | None, Query(ge=1)]
-
-
-class SumParameters(BaseModel, extra="forbid"):
-    numbers: Annotated[list[Number], Field(min_length=1, max_length=10_000), FailFast()]
-
-
-class ReportParameters(BaseModel, extra="forbid"):
-    title: Text
-    sections: Annotated[int, Field(strict=True, ge=1, le=6)] = 3
-
-
-class FailureParameters(BaseModel, extra="forbid"):
-    message: Text = "simulated failure"
-
-
-class SumSubmission(BaseModel, extra="forbid"):
-    task_type: Literal["compute_sum"]
-    parameters: SumParameters
-    priority: Priority = "normal"
-
-
-class ReportSubmission(BaseModel, extra="forbid"):
-    task_type: Literal["generate_report"]
-    parameters: ReportParameters
-    priority: Priority = "normal"
-
-
-class FailureSubmission(BaseModel, extra="forbid"):
-    task_type: Literal["simulate_failure"]
-    parameters: FailureParameters = FailureParameters()
-    priority: Priority = "normal"
-
-
-EXAMPLES: dict[str, Any] = {
-    "sum": {"value": {"task_type": "compute_sum", "parameters": {"numbers": [1, 2, 3.5]}}},
-    "report": {"value": {"task_type": "generate_report", "parameters": {"title": "Figures"}}},
-    "failure": {"value": {"task_type": "simulate_failure", "priority": "high"}},
-}
-Submission: TypeAlias = Annotated[
-    SumSubmission | ReportSubmission | FailureSubmission,
-    Body(discriminator="task_type", openapi_examples=EXAMPLES),
-]
-
-
-class Poll(BaseModel):
-    wait: bool = Field(default=False, description="Hold the answer until the status changes.")
-    since: Status | None = Field(default=None, description="The status you saw last.")
-
-
-Counts: TypeAlias = dict[str, int]
-Accepted = TypedDict("Accepted", {"task_id": str, "status": Literal["queued"]})
-Health = TypedDict("Health", {"status": str, "tasks": Counts, "queue": Counts, "workers": Counts})
-
-
-class Problem(TypedDict):
-    type: str  # "about:blank": the status says what kind of problem it is
-    title: str  # the status in words
-    status: int
-    detail: str  # for a person to read
-    errors: NotRequired[list[dict[Literal["detail", "pointer"], str]]]  # with 400
-    task: NotRequired[dict[str, Any]]  # with 409: the Task
-
-
-# --- Rate limiter ---------------------------------------------------------------------------------
-# A sliding window: at most `limit` requests in any `window` seconds for each key. Only those that
-# were let through count, so a client that keeps knocking gets in as soon as one that waits.
 class RateLimiter:
-    def __init__(self, limit: int, window: int) -> None:
-        self.limit, self.window = limit, window
-        self._hits: dict[str, deque[float]] = {}  # key -> its last 1 to `limit` times, oldest first
-        self._lock = asyncio.Lock()  # R1 would do, until the day when the times move to a store
+    """Counts requests in a sliding window, for each key."""
 
-    async def hit(self, key: str) -> tuple[bool, int, int]:
-        """Count a request if there is room: (counted?, left, whole seconds until one more)."""
+    def __init__(self, limit: int, window: int) -> None:
+        """Allow `limit` requests in any `window` seconds."""
+        self.limit = limit
+        self.window = window
+        # key -> the times of its counted requests, at most `limit`, oldest first.
+        self._hits: dict[str, deque[float]] = {}
+        # This is no lock against threads. It keeps coroutines out of each other's way where a
+        # stretch is not enough. Today it is (R1): nothing below waits while it holds the lock. The
+        # lock is for the day when the times move to a store that is awaited: then one request may
+        # count between another's look and its append, and eleven get in.
+        self._lock = asyncio.Lock()
+
+    async def hit(self, key: str) -> bool:
+        """Count a request and return True; if there is no room, count nothing and return False."""
         async with self._lock:
-            moment = now()
             hits = self._hits.setdefault(key, deque())
-            # The sum that `reset` has: another form could round to refuse who waited just so long.
-            while hits and hits[0] + self.window <= moment:
-                hits.popleft()
-            if allowed := len(hits) < self.limit:
-                hits.append(moment)
-            reset = max(1, math.ceil(hits[0] + self.window - moment))
-            return allowed, self.limit - len(hits), reset
+            self._drop_old(hits)
+            if len(hits) >= self.limit:
+                return False
+            hits.append(now())
+            return True
+
+    async def quota(self, key: str) -> tuple[int, int]:
+        """Return how many requests `key` has left, and in how many seconds there is one more."""
+        async with self._lock:
+            hits = self._hits.get(key, deque())
+            self._drop_old(hits)
+            if not hits:
+                return self.limit, 0
+            # Rounded up, or the client would come too early. The sum may round to a hair more than
+            # the window, and then up to a whole second more: hence `min`.
+            reset = math.ceil(hits[0] + self.window - now())
+            return self.limit - len(hits), min(reset, self.window)
 
     async def sweep(self) -> None:
-        """Forget the keys that have gone quiet; a deque costs most of a kilobyte."""
+        """Forget the keys that have gone quiet: an empty deque costs most of a kilobyte."""
         async with self._lock:
-            moment = now()
-            quiet = [key for key, hits in self._hits.items() if hits[-1] + self.window <= moment]
-            for key in quiet:
-                del self._hits[key]
+            for key, hits in list(self._hits.items()):
+                self._drop_old(hits)
+                if not hits:
+                    del self._hits[key]
+
+    def _drop_old(self, hits: deque[float]) -> None:
+        """Remove the times that have left the window."""
+        # The same expression as for `reset`. `hits[0] <= now() - window` means the same, but floats
+        # may round it the other way, and refuse a client that has waited exactly `reset` seconds.
+        while hits and hits[0] + self.window <= now():
+            hits.popleft()
 
 
-@lru_cache(maxsize=256)  # parsing an address takes longer than all of `hit`
-def client_key(host: str) -> str:
-    """Return the limiter's key for a peer's address; an IPv6 client owns a whole /64."""
-    try:
-        address = ipaddress.ip_address(host)
-    except ValueError:  # a unix socket, or what a proxy made up: one bucket for all of them
-        return "unknown"
-    if isinstance(address, ipaddress.IPv6Address):
-        return str(address.ipv4_mapped or f"{int(address) >> 64:x}::/64")
-    return str(address)
+# ==================================================================================================
+# Task queue
+#
+# The tasks that wait for a worker, the one that is due first in front. A task's due time is the
+# time of its submission plus some seconds that depend on its priority. It never has to be computed
+# again, and nothing starves. With a `priority_step` of 30 s:
+#
+#   low,  submitted at  0: due at 60
+#   high, submitted at 59: due at 59, so it is first
+#   high, submitted at 61: due at 61, so it is second: the low one has waited long enough
+#
+# asyncio.PriorityQueue keeps the order (a heap), the bound, and the workers that wait. It lacks a
+# way to take out an entry in the middle, and a cancelled task must not stay (R4). Without R4:
+#
+#   client: submits 100 tasks and cancels them all; they stay in the queue, marked "cancelled"
+#   client: submits one more: 503, the queue is full       <-- of nothing
+# ==================================================================================================
 
+Entry: TypeAlias = tuple[float, int, str]
+"""Due time, sequence number, id of the task. No two entries have one sequence number, so a tie in
+the due time is first come first served, and the comparison of two entries never gets to the ids."""
 
-# --- Queue ----------------------------------------------------------------------------------------
-# The queued tasks, the earliest due first. asyncio.PriorityQueue has the bound, the order, and
-# getters that look again if the entry that woke them is gone; it lacks a way to take one out.
-Entry: TypeAlias = tuple[float, int, str]  # due time, sequence number that breaks ties, task id
-RANK: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
+PRIORITY_STEPS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
 
 class TaskQueue(asyncio.PriorityQueue[Entry]):
-    _queue: list[Entry]  # PriorityQueue's heap
+    """A priority queue from which a task can be removed."""
+
+    # The heap of asyncio.PriorityQueue. Its name is private, but CPython marks the methods that use
+    # it as made to be overridden, and it has been there since asyncio began.
+    _queue: list[Entry]
 
     def remove(self, task_id: str) -> None:
         """Take a task out, wherever it stands (R4), in time proportional to the queue's length."""
-        self._queue[:] = [entry for entry in self._queue if entry[2] != task_id]
+        self._queue = [entry for entry in self._queue if entry[2] != task_id]
         heapq.heapify(self._queue)
 
 
-# --- Task manager ---------------------------------------------------------------------------------
-# All tasks, in the order of a task's life. A method without `async` is atomic (R1).
-CANCEL_GRACE = 5.0  # seconds that work has to clean up after its time-out, or when all stop
+# ==================================================================================================
+# Task manager
+#
+# All tasks, from submission to removal; the methods stand in the order of a task's life. A method
+# without `async` is one stretch (R1). That is why no lock is to be seen here, although five
+# workers, the clean-up and any number of requests change the same dicts:
+#
+#   A check and what relies on it stand in one stretch. Without R1:
+#
+#   request 1: sees 99 tasks in the queue, awaits something
+#   request 2: sees 99 tasks in the queue, awaits something
+#   request 1: puts its task into the queue: 100
+#   request 2: puts its task into the queue: 101       <-- one more than there are places
+# ==================================================================================================
+
+CANCEL_GRACE = 5.0  # seconds that cancelled work has to clean up before it is left alone
+RETRY_AFTER = 5  # seconds, the duration of the shortest task: by then the queue may have moved
+
+Report: TypeAlias = Callable[[float], None]
+"""Work calls it to tell its progress, in percent."""
 
 
 class TaskManager:
-    def __init__(self, settings: Settings) -> None:
-        self._settings = settings
-        self._tasks: Tasks = {}
-        self._queue = TaskQueue(settings.queue_size)  # the tasks with status queued, and no others
-        self._sequence = itertools.count()
-        self._changed: dict[str, asyncio.Event] = {}  # id -> its next change, if awaited (R2)
-        self._running: dict[str, asyncio.Task[None]] = {}  # id -> its work, until that has ended
-        self._finished: deque[tuple[datetime, str]] = deque()  # (expires_at, id), next first
-        self._stopped = False  # from the end of `run` to its next start
+    """Keeps the tasks, and has them worked on while `working` is entered."""
 
-    def submit(self, task_type: TaskType, parameters: Parameters, priority: Priority) -> Task:
-        """Queue a task and return it; UnavailableError, which leaves no trace of the task."""
-        if self._stopped or self._queue.full():
-            raise UnavailableError("No workers." if self._stopped else "The queue is full.")
-        task_id, moment = str(uuid4()), now()
-        # A time plus a constant, so it stays, and low goes before a high that is two steps younger.
-        due = moment + RANK[priority] * self._settings.priority_step
-        self._queue.put_nowait((due, next(self._sequence), task_id))  # stored in one stretch: R1
-        task = self._tasks[task_id] = {
-            "task_id": task_id, "task_type": task_type, "parameters": parameters,
-            "priority": priority, "status": "queued", "progress": 0, "result": None, "error": None,
-            "created_at": utc(moment), "started_at": None, "finished_at": None, "expires_at": None,
-        }  # fmt: skip
+    def __init__(self, settings: Settings) -> None:
+        """Make an empty manager; nothing runs yet."""
+        self._settings = settings
+        # Whether tasks are accepted and polls are held: from the start of the workers until the
+        # server is told to stop, or a worker has died.
+        self._open = False
+        # All records by id, in order of submission.
+        self._tasks: dict[str, Task] = {}
+        # How many records there are in each status: kept, so that /health need not count.
+        self._counts: dict[Status, int] = dict.fromkeys(STATUSES, 0)
+        # An entry for each task with the status queued, and none for any other (R4).
+        self._queue = TaskQueue(settings.queue_size)
+        self._sequence = itertools.count()
+        # id -> what is set when the status changes. Only where somebody waits or has waited (R2).
+        self._changed: dict[str, asyncio.Event] = {}
+        # id -> the asyncio task that does the work, until it has really ended.
+        self._running: dict[str, asyncio.Task[None]] = {}
+        # How many workers have a task in hand.
+        self._busy = 0
+        # (when to remove it, id) of each final task. The retention is the same for all, so who ends
+        # first is removed first, and appending keeps the deque sorted.
+        self._finished: deque[tuple[float, str]] = deque()
+
+    # --- What clients ask for ---------------------------------------------------------------------
+
+    def submit(self, task_type: str, parameters: Parameters, priority: Priority = "normal") -> Task:
+        """Queue a task and return its record.
+
+        Raise InvalidParametersError or UnavailableError; then no trace of the task is left.
+        """
+        self._check_room()
+        try:
+            parameters = json_copy(parameters)
+        except (TypeError, ValueError, RecursionError) as exc:
+            raise InvalidParametersError("The parameters cannot be stored as JSON.") from exc
+        task = self._new_record(task_type, parameters, priority)
+        task_id = task["task_id"]
+        due = now() + PRIORITY_STEPS[priority] * self._settings.priority_step
+        # One stretch (R1): no worker can take the entry before the record is there.
+        self._queue.put_nowait((due, next(self._sequence), task_id))
+        self._tasks[task_id] = task
+        self._counts["queued"] += 1
         log.info("task %s queued: %s, priority %s", task_id, task_type, priority)
         return task
 
-    def get(self, task_id: str) -> Task:
-        """Return a task; TaskNotFoundError."""
+    def _check_room(self) -> None:
+        """Raise UnavailableError where a task would wait for ever, or would be one too many."""
+        self._check_workers()
         self.expire()
-        if task := self._tasks.get(task_id):
-            return task
-        raise TaskNotFoundError(task_id)
+        if self._queue.full():
+            raise UnavailableError("The queue is full.", RETRY_AFTER)
+        if len(self._tasks) >= self._settings.max_tasks:
+            retry_after = RETRY_AFTER
+            if self._finished:
+                retry_after = math.ceil(self._finished[0][0] - now())
+            raise UnavailableError("No more tasks can be kept.", retry_after)
+
+    def _check_workers(self) -> None:
+        """Raise UnavailableError if nobody would take a task from the queue.
+
+        It says nothing of when to try again: nobody could keep that promise.
+        """
+        if not self._open:
+            raise UnavailableError("No workers are running.")
+
+    @staticmethod
+    def _new_record(task_type: str, parameters: Parameters, priority: Priority) -> Task:
+        """Return the record of a task that is about to be queued."""
+        return {
+            "task_id": str(uuid4()),
+            "task_type": task_type,
+            "parameters": parameters,
+            "priority": priority,
+            "status": "queued",
+            "progress": 0,
+            "result": None,
+            "error": None,
+            "created_at": timestamp(utc_now()),
+            "started_at": None,
+            "finished_at": None,
+            "expires_at": None,
+        }
+
+    def find(self, task_id: str) -> Task | None:
+        """Return a task, or None if there is no such task or it has expired."""
+        self.expire()
+        return self._tasks.get(task_id)
+
+    def get(self, task_id: str) -> Task:
+        """Return a task; raise TaskNotFoundError if there is none."""
+        task = self.find(task_id)
+        if task is None:
+            raise TaskNotFoundError(task_id)
+        return task
 
     async def wait(self, task_id: str, since: Status | None = None) -> Task:
-        """Return a task when it is final or no longer `since` (None: as now), or after `long_poll`.
+        """Return a task as soon as its status is another than `since`; raise TaskNotFoundError.
 
-        poller: reads "processing" and takes Event 1, in one stretch
-        worker: moves the task to "completed", sets Event 1
-        poller: waits for Event 1, which stays set; had it been cleared, for ever
+        Without `since` that is the next change. The task is returned at once if it is final or if
+        the server is stopping, and unchanged if `long_poll` seconds have passed.
+
+        A status only moves forward, so the one that a client saw last is a cursor: if the status
+        changes between two polls, the second one sees it and does not wait at all.
+
+        Without R2, two ways to sleep through the change that one waits for:
+
+            poller: reads "processing"                  poller 1: reads "processing", waits
+            poller: awaits something else               worker:   says "completed", sets the Event,
+            worker: says "completed", sets the Event              clears it for the next change
+            poller: makes an Event, waits   <-- for     poller 2: had read "processing" before,
+                    a change that has been                        waits now   <-- for ever
         """
         task = self.get(task_id)
-        if task["status"] not in NEXT or since not in (None, task["status"]):
+        changed_already = since is not None and since != task["status"]
+        if changed_already or task["status"] in FINAL or not self._open:
             return task
+        # The same stretch in which the status was read: no `await` may ever come between.
         changed = self._changed.setdefault(task_id, asyncio.Event())
-        waiter = asyncio.create_task(changed.wait())
-        try:
-            await asyncio.wait({waiter}, timeout=self._settings.long_poll)  # 3.10's wait_for races
-        finally:
-            waiter.cancel()
-        return task  # not `self.get`: it may have expired meanwhile (see `expire`)
+        # Before Python 3.12 `wait_for` has two faults: it may report a time-out although the Event
+        # was set in the same moment, and may lose a cancellation then. Neither matters here: it is
+        # the record that is returned, as it stands, and that is all that is left to do.
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(changed.wait(), self._settings.long_poll)
+        # Not looked up again: it may have expired since it woke us, while the loop was busy.
+        return task
 
-    def snapshot(self) -> list[Task]:
-        """Return all tasks in order of submission; the list will not change, its tasks may."""
+    def snapshot(self) -> list[str]:
+        """Return the ids of all tasks, in order of submission.
+
+        Ids and no records: a slow reader of the list would keep those in memory that have expired.
+        """
         self.expire()
-        return list(self._tasks.values())
+        return list(self._tasks)
 
     def health(self) -> Health:
-        """Return the counts of tasks, queue and workers; UnavailableError."""
-        if self._stopped:
-            raise UnavailableError("No workers.")
-        counts = Counter(task["status"] for task in self.snapshot())
+        """Return the counts of tasks, places and workers; raise UnavailableError without workers."""
+        self._check_workers()
+        self.expire()
         return {
             "status": "ok",
-            "tasks": {status: counts[status] for status in get_args(Status)},
+            "tasks": self._counts.copy(),
             "queue": {"size": self._queue.qsize(), "capacity": self._settings.queue_size},
-            "workers": {"busy": len(self._running), "total": self._settings.workers},
+            "workers": {"busy": self._busy, "total": self._settings.workers},
         }
 
     def cancel(self, task_id: str) -> Task:
-        """Cancel a task and return it; TaskNotFoundError, TaskFinishedError.
+        """Cancel a task and return it; raise TaskNotFoundError or TaskFinishedError.
 
-        work:   returns 6, so its asyncio task is about to say "completed"
-        client: DELETE; the record is marked "cancelled", and that is the answer
-        work:   says "completed", which NEXT does not allow: ignored (R3)
+        A task that is cancelled already is returned as it is. Without R3:
+
+            work:   is done, and about to say "completed"
+            client: DELETE; the asyncio task is cancelled, which takes effect at its next await
+            client: is told "cancelled"
+            work:   has no more awaits, says "completed"        <-- two ends of one task
         """
         task = self.get(task_id)
         if task["status"] in ("completed", "failed"):
             raise TaskFinishedError(task)
         if task["status"] == "queued":
             self._queue.remove(task_id)
-        if self._move(task, "cancelled") and (work := self._running.get(task_id)):
-            work.cancel()  # marked above: before its first step, work cannot even catch this
+        cancelled_now = self._change_status(task, "cancelled")  # first mark the record (R3),
+        work = self._running.get(task_id)
+        if cancelled_now and work is not None:
+            work.cancel()  # then cancel the asyncio task, once: its clean-up is not disturbed
         return task
 
-    async def run(self) -> None:
-        """Run the workers until cancelled, or until one dies; then every task is final."""
-        self._stopped = False
+    # --- The workers ------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """Run the workers during the body of an `async with`; after it, every task is final."""
+        self._open = True
         workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
+        supervisor = asyncio.create_task(self._supervise(workers))
+        try:
+            yield
+        finally:
+            await self._stop([supervisor, *workers])
+
+    async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
+        """Wait for the workers, who never end of themselves; if one dies, say so and stop all.
+
+        What `gather` holds are workers and not tasks. If it held a batch of five tasks, then:
+
+            gather: four tasks take 5 s, the fifth takes 30 s
+            gather: returns after 30 s, so four workers did nothing for 25 s    <-- the slowest rules
+
+        A worker that takes the next task when it has ended one does not know of the others.
+        """
         try:
             await asyncio.gather(*workers)
+        except asyncio.CancelledError:
+            # `gather` raises this if it is cancelled itself, and also if one of its workers is. The
+            # first is the stop, which has marked this before it cancelled anything.
+            if not self._open:
+                raise
+            log.critical("a worker was cancelled from outside, so all stop")
         except Exception:
             log.critical("a worker died, so all stop", exc_info=True)
-        finally:
-            self._stopped = True
-            for task in self.snapshot():
-                self._move(task, "cancelled")
-            jobs = [*workers, *self._running.values()]
-            for job in jobs:  # the workers too: when one dies, gather leaves the others running
-                job.cancel()
-            self._queue = TaskQueue(self._settings.queue_size)  # for the next start, and its loop
-            await asyncio.wait(jobs, timeout=CANCEL_GRACE)
+        # `gather` raises the first failure and lets the other workers go on:
+        #
+        #   worker 1: dies; gather raises, nobody looks at the others any more
+        #   worker 2: takes the next task, and dies unseen               <-- /health says "ok"
+        await self._stop(workers)
+
+    async def _stop(self, background_tasks: list[asyncio.Task[None]]) -> None:
+        """Cancel every task, the workers and the work; wait for the end of all, for some seconds."""
+        self._open = False
+        for task in self._tasks.values():
+            self._change_status(task, "cancelled")  # ignored where the status is final (R3)
+        # A new queue, since the old one is full of cancelled tasks, and bound to this event loop.
+        self._queue = TaskQueue(self._settings.queue_size)
+        ending = [*background_tasks, *self._running.values()]
+        for asyncio_task in ending:
+            asyncio_task.cancel()
+        # Work may clean up. If it does not end in time, it is left to the end of the event loop.
+        await asyncio.wait(ending, timeout=CANCEL_GRACE)
+
+    def stop_waiting(self) -> None:
+        """Answer all long polls now, and accept no more tasks: the server has been told to stop."""
+        self._open = False
+        for task_id in list(self._changed):
+            self._wake(task_id)
 
     async def _worker(self) -> None:
+        """Take one task after the other, until cancelled.
+
+        CancelledError is not caught here, nor in `_run_task`. If it were:
+
+            server: stops, cancels the worker, waits for its end
+            worker: catches CancelledError, takes it for its task's, goes on with the next one
+            server: waits                                               <-- for ever
+        """
         while True:
             _, _, task_id = await self._queue.get()
-            await self._run(self._tasks[task_id])
+            # From here to the first real wait in `_run_task` is one stretch (R1). So there is no
+            # moment in which a task has left the queue and is not processing yet, in which a DELETE
+            # would find it in neither place.
+            self._busy += 1
+            try:
+                await self._run_task(self._tasks[task_id])
+            finally:
+                self._busy -= 1
 
-    async def _run(self, task: Task) -> None:
-        """Run one task; return when its work has ended, or has been given up (R5)."""
+    async def _run_task(self, task: Task) -> None:
+        """Have the work of one task done; return when it has ended, or has been given up (R5).
+
+        `await work` would raise CancelledError both when the work is cancelled (a DELETE) and when
+        this worker is (the stop), and could not tell which. `asyncio.wait` raises it only in the
+        second case; in the first it just returns, since the work has ended.
+        """
         task_id = task["task_id"]
-        work = self._running[task_id] = asyncio.create_task(self._work(task))
+        # Before the work is created: an eager task factory (Python 3.12) runs its first part there
+        # and then, and work that needs no `await` has ended when `create_task` returns.
+        self._change_status(task, "processing")
+        work = asyncio.create_task(self._work(task))
+        # The event loop itself holds only a weak reference to an asyncio task.
+        self._running[task_id] = work
         work.add_done_callback(lambda _: self._running.pop(task_id))
-        self._move(task, "processing")
         await asyncio.wait({work}, timeout=self._settings.task_timeout)
         if not work.done():
-            self._move(task, "failed", classify_failure(TimeoutError()))
+            self._fail(task, TimeoutError())  # first mark, then cancel (R3)
             work.cancel()
             await asyncio.wait({work}, timeout=CANCEL_GRACE)
-        self._move(task, "cancelled")  # what nobody has marked was cancelled from within
+        elif task["status"] not in FINAL:
+            # Somebody outside of this class cancelled it before its first step: nothing of it ran.
+            self._fail(task, asyncio.CancelledError("cancelled before its first step"))
 
     async def _work(self, task: Task) -> None:
-        """Execute a task and mark its end, unless it is cancelled: who cancels has marked it."""
+        """Do the work of a task, and write its end into the record: whatever it is, and truly."""
         try:
-            result = await self._execute(task)
-            encode(result)  # what cannot be sent fails here, not in each list with this task
-        except (Exception, SystemExit) as exc:
-            error = classify_failure(exc)
-            if error["code"] == "internal_error":
-                log.exception("task %s raised an unexpected exception", task["task_id"])
-            self._move(task, "failed", error)
+            result = await self._execute(
+                task["task_type"],
+                json_copy(task["parameters"]),  # a copy of its own, to do with as it likes (R6)
+                partial(self._report, task),
+            )
+            result = json_copy(result, allow_nan=True)
+        except asyncio.CancelledError as exc:
+            # By its name, since `except Exception` does not catch it. Who cancels a task marks its
+            # record first (R3), and then this changes nothing. A record that is not marked means
+            # that nobody has cancelled the task: something inside the work was cancelled, and the
+            # work has not caught it. That is a fault and no cancellation.
+            self._fail(task, exc)
+            raise  # a cancelled asyncio task that goes on as if nothing were breaks its canceller
+        except BaseException as exc:  # noqa: BLE001 - told truly, and logged, by `_fail`
+            # Not only Exception: `sys.exit()` in some library would end the server, since asyncio
+            # lets SystemExit out of the event loop.
+            self._fail(task, exc)
         else:
-            self._move(task, "completed", result)
+            self._change_status(task, "completed", result=result)
 
-    async def _execute(self, task: Task) -> Any:
-        """Do a task's work and return its result; TaskFailedError. New types of task go here."""
-        match task:
-            case {"task_type": "compute_sum", "parameters": {"numbers": numbers}}:
-                await self._simulate(task, 5)
-                return sum(numbers)
-            case {"task_type": "generate_report", "parameters": {"title": title, "sections": n}}:
-                await self._simulate(task, 5 * n)
-                return "\n".join([title, *(f"Section {i} of {n}" for i in range(1, n + 1))])
-            case {"task_type": "simulate_failure", "parameters": {"message": message}}:
-                await self._simulate(task, 5)
-                raise TaskFailedError(message)
+    async def _execute(self, task_type: str, parameters: Parameters, report: Report) -> Any:
+        """Do a task's work and return its result, or raise TaskFailedError with the reason.
+
+        `parameters` are as the task's model has validated them. `report(percent)` tells progress.
+        This is the place for real work. What it must not do is block the event loop, for then
+        nobody else runs: what blocks goes through `await asyncio.to_thread(...)`.
+        """
+        match task_type:
+            case "compute_sum":
+                await self._simulate(5, report)
+                return exact_sum(parameters["numbers"])
+            case "generate_report":
+                title, sections = parameters["title"], parameters["sections"]
+                await self._simulate(5 * sections, report)
+                lines = [f"Section {number} of {sections}" for number in range(1, sections + 1)]
+                return "\n".join([title, *lines])
+            case "simulate_failure":
+                await self._simulate(5, report)
+                raise TaskFailedError(parameters["message"])
             case _:
-                raise NotImplementedError(task["task_type"])
+                # Without this case a type that was forgotten above would "complete" with None.
+                raise NotImplementedError(f"there is no work for {task_type!r}")
 
-    async def _simulate(self, task: Task, seconds: float) -> None:
-        """Take the time that real work would take, and report progress."""
+    async def _simulate(self, seconds: float, report: Report) -> None:
+        """Take the time that real work would take, in ten steps."""
         for percent in range(0, 100, 10):
-            self._report(task, percent)
+            report(percent)
             await asyncio.sleep(seconds * self._settings.time_scale / 10)
 
-    def _report(self, task: Task, percent: int) -> None:
-        """Set the progress of a running task, in percent; 100 is for `_move` to say."""
+    def _report(self, task: Task, percent: float) -> None:
+        """Set the progress of a task that is processing. It never falls; 100 is the end's to say."""
         if task["status"] == "processing":
-            task["progress"] = max(task["progress"], min(percent, 99))
+            task["progress"] = max(task["progress"], int(min(percent, 99)))
 
-    def _move(self, task: Task, status: Status, outcome: Any = None) -> bool:
-        """Change a status, if NEXT allows (R3), with its result or error; wake the waiters (R2)."""
-        if status not in NEXT.get(task["status"], ()):
+    def _fail(self, task: Task, exc: BaseException) -> None:
+        """Mark a task as failed by an exception, and log what the client is not told."""
+        try:
+            error = classify_failure(exc)
+        except Exception as unspeakable:  # noqa: BLE001 - a `__str__` may raise anything
+            error = classify_failure(unspeakable)
+        failed_now = self._change_status(task, "failed", error=error)
+        # A CancelledError that changes nothing is the one that a canceller wanted.
+        wanted = isinstance(exc, asyncio.CancelledError) and not failed_now
+        if error["code"] == "internal_error" and not wanted:
+            log.error("task %s: unexpected end\n%s", task["task_id"], traceback_text(exc))
+
+    # --- The status, and the end ------------------------------------------------------------------
+
+    def _change_status(
+        self, task: Task, status: Status, *, result: Any = None, error: TaskError | None = None
+    ) -> bool:
+        """Change a status, with all that goes with it, and wake those who wait for it (R2).
+
+        Return False and change nothing if TRANSITIONS does not allow it: so a final task stays as
+        it is, whoever still wants to say something about it (R3).
+        """
+        if status not in TRANSITIONS[task["status"]]:
             return False
-        task_id, moment = task["task_id"], now()
-        took = utc(moment) - (task["started_at"] or task["created_at"])
-        task["status"], why = status, ""
-        if status == "processing":
-            task["started_at"] = utc(moment)
-        else:
-            task["finished_at"] = utc(moment)
-            task["expires_at"] = expires_at = utc(moment + self._settings.retention)
-            self._finished.append((expires_at, task_id))
-        if status == "completed":
-            task["result"], task["progress"] = outcome, 100
-        elif status == "failed":
-            # %r, since a line break in a client's message would forge a line of the log.
-            task["error"], why = outcome, f": {outcome['code']}, {outcome['message']!r}"
-        if changed := self._changed.pop(task_id, None):
-            changed.set()
-        log.info("task %s %s after %.1f s%s", task_id, status, took.total_seconds(), why)
+        self._counts[task["status"]] -= 1
+        self._counts[status] += 1
+        task["status"] = status
+        reason = ""
+        match status:
+            case "processing":
+                task["started_at"] = timestamp(utc_now())
+            case "completed":
+                task["result"] = result
+                task["progress"] = 100
+            case "failed" if error is not None:
+                task["error"] = error
+                # %r keeps a line break in the message from forging a line of the log.
+                reason = f": {error['code']}, {error['message']!r}"
+        if status in FINAL:
+            self._keep_for_a_while(task)
+        self._wake(task["task_id"])
+        log.info("task %s %s%s", task["task_id"], status, reason)
         return True
 
+    def _wake(self, task_id: str) -> None:
+        """Let all go on who wait for a change of this task, and forget their Event (R2)."""
+        changed = self._changed.pop(task_id, None)
+        if changed is not None:
+            changed.set()
+
+    def _keep_for_a_while(self, task: Task) -> None:
+        """Date the end of a task, and remember when to remove it."""
+        finished_at = utc_now()
+        retention = self._settings.retention
+        task["finished_at"] = timestamp(finished_at)
+        task["expires_at"] = timestamp(finished_at + timedelta(seconds=retention))
+        self._finished.append((now() + retention, task["task_id"]))
+
     def expire(self) -> None:
-        """Remove the tasks whose time has come; every reader calls it, so `expires_at` is exact.
+        """Remove the final tasks whose time has come.
 
-        worker:   moves a task to "completed", sets its Event
-        clean-up: removes the task, if the retention is short and the loop is busy
-        poller:   wakes up and answers with the record, which it still holds
+        Whoever reads calls it first, so that a task is gone at its `expires_at` and not up to
+        `cleanup_interval` seconds later.
         """
-        moment, before = utc(now()), len(self._tasks)
+        moment = now()
         while self._finished and self._finished[0][0] <= moment:
-            del self._tasks[self._finished.popleft()[1]]
-        if expired := before - len(self._tasks):
-            log.info("%d expired tasks removed", expired)
+            _, task_id = self._finished.popleft()
+            task = self._tasks.pop(task_id)
+            self._counts[task["status"]] -= 1
+            log.info("task %s removed", task_id)
+
+    async def clean_up(self) -> None:
+        """Remove what has expired though nobody asks for it: called by the timer."""
+        self.expire()
 
 
-# --- HTTP layer -----------------------------------------------------------------------------------
-# Dull on purpose: routes translate, `handle_error` says what an exception means, and `problem`
-# makes every error answer. FastAPI parses a body before it runs a dependency, and runs none for 404
-# and 405, so the limits are ASGI middleware.
-TASK = "/tasks/{task_id}"
-UNLIMITED = frozenset({"/", "/docs", "/redoc", "/openapi.json", "/health"})  # not counted
-INVALID = "The request is not valid."  # the `errors` of the problem tell more
-CHUNK = 65536  # bytes of a list between two turns for others
-TYPES = ", ".join(get_args(TaskType))
-answer = partial(Response, media_type="application/json")
-TEXT = {"schema": {"type": "string"}}
-LIMITS = {"RateLimit": TEXT, "RateLimit-Policy": TEXT}
-PROBLEM: dict[str, Any] = {
-    "content": {"application/problem+json": {"schema": TypeAdapter(Problem).json_schema()}},
-    "headers": {"Retry-After": TEXT | {"description": "With 429 and 503"}, **LIMITS},
+def exact_sum(numbers: list[float]) -> float:
+    """Return the sum of integers as an integer; with floats among them, the float next to the sum.
+
+    `math.fsum` rounds once, at the end, so neither the order nor the Python matters. But it makes
+    floats of integers first, which rounds those beyond 2**53. So the integers are added apart, and
+    their sum is handed over in pieces, each of which is a float exactly.
+    """
+    floats = [number for number in numbers if isinstance(number, float)]
+    integer_sum = sum(number for number in numbers if isinstance(number, int))
+    if not floats:
+        return integer_sum
+    while integer_sum:
+        piece = float(integer_sum)
+        floats.append(piece)
+        integer_sum -= int(piece)
+    return math.fsum(floats)
+
+
+# ==================================================================================================
+# Models
+#
+# Here the engine ends and the API begins. What passes these models is stored and sent out again to
+# anybody who asks, so they are strict: pydantic would take `true` for 1 and "5" for 5, would ignore
+# a field that is misspelt, and would let NaN through.
+#
+# A new type of task touches three places: its model with its example, the union below, and its
+# `case` in `TaskManager._execute`. A test fails if one of the three is forgotten.
+# ==================================================================================================
+
+LARGEST = 1e300  # a thousand of these still add up to a finite float
+
+Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
+BoundedFloat: TypeAlias = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+
+
+def finite_number(value: Any) -> Any:
+    """Return a number as it is, an integer or a float; raise PydanticCustomError for others."""
+    # A bool is an int to `isinstance`, and NaN is not <= anything.
+    if type(value) in (int, float) and abs(value) <= LARGEST:
+        return value
+    raise PydanticCustomError("number", "Input should be a number from -1e300 to 1e300")
+
+
+def whole_number(value: Any) -> Any:
+    """Return 3 for 3.0, since JSON has one kind of number; leave all else to the next validator."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+# `int | float` with constraints would report two errors for one bad item, and point at the branches
+# of the union, which the client does not know of.
+Number: TypeAlias = Annotated[
+    BoundedFloat, PlainValidator(finite_number, json_schema_input_type=BoundedFloat)
+]
+SectionCount: TypeAlias = Annotated[
+    int, Field(strict=True, ge=1, le=6), BeforeValidator(whole_number)
+]
+
+
+class ClosedModel(BaseModel, extra="forbid", use_attribute_docstrings=True):
+    """The base of all that comes in: an unknown field is an error, or a typo would pass unseen."""
+
+
+class SubmissionBase(ClosedModel):
+    """What all submissions have in common."""
+
+    example: ClassVar[dict[str, Any]]  # each model has its own, which /docs shows and tests submit
+
+    priority: Priority = "normal"
+    """The higher one starts first, then the older task. Waiting raises the priority."""
+
+
+class SumParameters(ClosedModel):
+    """The parameters of `compute_sum`."""
+
+    numbers: Annotated[list[Number], Field(min_length=1, max_length=1000)]
+    """What is added up: integers exactly, floats to the last digit."""
+
+
+class SumSubmission(SubmissionBase):
+    """Add up numbers. Takes 5 s; the result is the sum."""
+
+    example = {"task_type": "compute_sum", "parameters": {"numbers": [1, 2, 3.5]}}
+
+    task_type: Literal["compute_sum"]
+    parameters: SumParameters
+
+
+class ReportParameters(ClosedModel):
+    """The parameters of `generate_report`."""
+
+    title: Text
+    """Stands in the first line of the report."""
+
+    sections: SectionCount = 3
+    """How many sections the report has; each takes 5 s."""
+
+
+class ReportSubmission(SubmissionBase):
+    """Write a report. Takes 5 s a section; the result is one string that contains the title."""
+
+    example = {"task_type": "generate_report", "parameters": {"title": "Figures", "sections": 2}}
+
+    task_type: Literal["generate_report"]
+    parameters: ReportParameters
+
+
+class FailureParameters(ClosedModel):
+    """The parameters of `simulate_failure`."""
+
+    message: Text = "simulated failure"
+    """What `error.message` will be."""
+
+
+class FailureSubmission(SubmissionBase):
+    """Fail after 5 s, with the code `task_failed`. The `parameters` may be left out."""
+
+    example = {"task_type": "simulate_failure", "priority": "high"}
+
+    task_type: Literal["simulate_failure"]
+    parameters: FailureParameters = Field(default_factory=FailureParameters)
+
+
+AnySubmission: TypeAlias = SumSubmission | ReportSubmission | FailureSubmission
+SUBMISSION_MODELS: tuple[type[SubmissionBase], ...] = get_args(AnySubmission)
+TASK_TYPES = [model.example["task_type"] for model in SUBMISSION_MODELS]
+EXAMPLES: dict[str, Any] = {
+    model.example["task_type"]: {"summary": model.__doc__, "value": model.example}
+    for model in SUBMISSION_MODELS
 }
+Submission: TypeAlias = Annotated[
+    AnySubmission, Body(discriminator="task_type", openapi_examples=EXAMPLES)
+]
 
 
-def problem(code: int, detail: str, headers: dict[str, str] | None = None, **more: Any) -> Response:
-    """Return an error answer (RFC 9457); `more` are further members of `Problem`."""
-    title = HTTPStatus(code).phrase
-    body = {"type": "about:blank", "title": title, "status": code, "detail": detail, **more}
-    return Response(encode(body), code, headers, "application/problem+json")
+class NoQuery(ClosedModel):
+    """The query of a request that has none."""
 
 
-def problem_item(error: Mapping[str, Any]) -> dict[str, str]:
-    """Translate one of pydantic's errors; not its `input` and `ctx`, which are the client's."""
-    kind, detail, (where, *path) = error["type"], error["msg"], error["loc"]
-    if kind == "json_invalid":
-        return {"detail": f"Malformed JSON at character {path[0]}", "pointer": "#"}
-    if kind.startswith("union_tag"):  # pydantic would echo the tag
-        return {"detail": f"Input should be one of {TYPES}", "pointer": "#/task_type"}
-    if kind.startswith("model"):  # and here name our class
+class PollQuery(ClosedModel):
+    """The query of a poll."""
+
+    wait: bool = False
+    """Hold the answer until the status changes, for 10 seconds at most; then the task is answered
+    as it is. A client's own time-out should be longer."""
+
+    since: Status | None = None
+    """With `wait`: the status that you saw last. If the task has another one by now, the answer
+    comes at once, so that no change between two polls is lost."""
+
+
+class ListQuery(ClosedModel):
+    """The query of a list."""
+
+    status: Status | None = None
+    """Only the tasks with this status."""
+
+    limit: Annotated[int | None, Field(ge=1)] = None
+    """How many tasks at most; all of them if it is left out."""
+
+
+@documented
+class Accepted(TypedDict):
+    """A task has been queued."""
+
+    task_id: TaskId
+    """Poll the task at `/tasks/{task_id}`, which is in `Location` too."""
+
+    status: Literal["queued"]
+    """Always `queued`; give it as `since` in the first poll."""
+
+
+@documented
+class InvalidItem(TypedDict):
+    """One thing that is wrong with a request."""
+
+    detail: str
+    """What is wrong, for a person to read."""
+
+    pointer: str
+    """Where: a JSON pointer into the body, as a URI fragment (`#/parameters/numbers/1`), or the
+    name of the parameter."""
+
+
+@documented
+class Problem(TypedDict):
+    """An error (RFC 9457)."""
+
+    type: Literal["about:blank"]
+    """Always `about:blank`: `status` says what kind of error it is."""
+
+    title: str
+    """The status in words."""
+
+    status: int
+    """The HTTP status."""
+
+    detail: str
+    """What went wrong, for a person to read."""
+
+    errors: NotRequired[list[InvalidItem]]
+    """With 400: what is wrong with the request, ten things at most."""
+
+    task: NotRequired[Task]
+    """With 409: the task, which has completed or failed."""
+
+
+# ==================================================================================================
+# Problems
+#
+# Every error answer is made by `problem`, and has one shape. `handle_error` decides which exception
+# becomes which; it tells of a request only where it went wrong, never what was in it.
+# ==================================================================================================
+
+INVALID = "The request is not valid."
+NO_STORE = {"Cache-Control": "no-store"}  # a status is out of date a second later
+
+
+def encode(value: Any) -> bytes:
+    """Return `value` as JSON."""
+    return to_json(value, inf_nan_mode="null")
+
+
+def problem_body(status: int, detail: str, members: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a problem document (RFC 9457); `members` are further ones of `Problem`."""
+    title = HTTPStatus(status).phrase
+    return {"type": "about:blank", "title": title, "status": status, "detail": detail, **members}
+
+
+def problem(
+    status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any
+) -> Response:
+    """Return an error answer."""
+    body = encode(problem_body(status, detail, members))
+    return Response(body, status, {**NO_STORE, **(headers or {})}, "application/problem+json")
+
+
+def json_pointer(path: list[int | str]) -> str:
+    """Return the pointer to a place in the body, as a URI fragment (RFC 6901, section 6)."""
+    fragment = "#"
+    for key in path:
+        # A key may be the client's own: cut it, escape it, and quote all that a URI does not allow.
+        escaped = str(key)[:50].replace("~", "~0").replace("/", "~1")
+        fragment += "/" + quote(escaped, safe="", errors="replace")
+    return fragment
+
+
+def invalid_item(error: Mapping[str, Any]) -> InvalidItem:
+    """Translate an error of pydantic's; its `input` and `ctx` are what the client has sent."""
+    kind = error["type"]
+    place, *path = error["loc"]
+    if kind.startswith("union_tag"):
+        # Pydantic would repeat the unknown tag, at any length.
+        detail = f"Input should be one of {', '.join(TASK_TYPES)}"
+        return {"detail": detail, "pointer": "#/task_type"}
+    detail = printable(error["msg"])[:200]
+    if kind.startswith("model"):
+        # Pydantic would name our class.
         detail = "Input should be an object" + ("" if path else " sent as application/json")
-    if where != "body":
-        return {"detail": detail, "pointer": error["loc"][-1]}
-    # path[0] is the union's tag. An unknown field's name is the client's: long, or with surrogates.
-    keys = [str(key)[:50].replace("~", "~0").replace("/", "~1") for key in path[1:]]
-    return {"detail": detail, "pointer": quote("/".join(["#", *keys]), "#/", errors="replace")}
+    if place != "body":
+        return {"detail": detail, "pointer": printable(str(path[-1]))[:50]}
+    # The first step of the path is the tag of the union, which is not in the body.
+    return {"detail": detail, "pointer": json_pointer(path[1:])}
 
 
+def allowed_methods(request: Request) -> str:
+    """Return the methods of the request's path, for `Allow` (RFC 9110, section 10.2.1).
+
+    Starlette's own 405 names those of the first route that fits the path, and there may be two.
+    """
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if route.matches(request.scope)[0] != Match.NONE:
+            methods |= route.methods
+    if "GET" in methods:
+        methods.add("HEAD")
+    return ", ".join(sorted(methods))
+
+
+# `async` although it awaits nothing: a plain function would be run in a thread, against R1.
 async def handle_error(request: Request, exc: Exception) -> Response:
-    """Give an exception its HTTP status and words."""
+    """Return the answer to a request that has raised an exception."""
     match exc:
-        case RequestValidationError() | ValidationError():
-            return problem(400, INVALID, errors=[problem_item(e) for e in exc.errors()[:10]])
+        case RequestValidationError():
+            # Not pydantic's ValidationError: that one would be a fault of our own code, so a 500.
+            items = [invalid_item(error) for error in exc.errors()[:10]]
+            return problem(400, INVALID, errors=items)
         case HTTPException(status_code=400):
-            detail = "Not JSON in UTF-8, or nested too deep, or a number with too many digits"
-            return problem(400, INVALID, errors=[{"detail": detail, "pointer": "#"}])
+            return problem(400, INVALID, errors=[{"detail": exc.detail, "pointer": "#"}])
         case HTTPException(status_code=405):
-            # The router's own Allow has the methods of one route, RFC 9110 wants the path's.
-            routes = [r for r in request.app.routes if r.matches(request.scope)[0] != Match.NONE]
-            allow = ", ".join(sorted({method for route in routes for method in route.methods}))
-            return problem(405, "This path has other methods: see Allow.", {"Allow": allow})
+            allow = {"Allow": allowed_methods(request)}
+            return problem(405, "This path has other methods: see Allow.", allow)
         case HTTPException():
-            return problem(exc.status_code, exc.detail)
+            return problem(exc.status_code, str(exc.detail), exc.headers)
+        case InvalidParametersError():
+            item = {"detail": str(exc), "pointer": "#/parameters"}
+            return problem(400, INVALID, errors=[item])
         case TaskNotFoundError():
             return problem(404, "There is no such task. It may have expired.")
-        case TaskFinishedError(args=(task,)):
+        case TaskFinishedError(task=task):
             return problem(409, f"The task has already {task['status']}.", task=task)
-        case UnavailableError():
-            return problem(503, str(exc), {"Retry-After": "5"})  # the time of the shortest task
+        case UnavailableError(detail=detail, retry_after=None):
+            return problem(503, detail)
+        case UnavailableError(detail=detail, retry_after=seconds):
+            return problem(503, detail, {"Retry-After": str(seconds)})
         case _:
-            # Sent from outside of the Gate, so it is here that the Gate's headers are added.
-            return problem(500, "The server failed.", request.scope.get("gate.headers"))
+            return problem(500, "The server failed.")  # uvicorn logs the traceback
 
 
-class Gate:
-    """ASGI middleware: counts a request, and bounds its body, before anyone reads that."""
+class JsonRequest(Request):
+    """A request whose body is parsed by pydantic's parser in place of `json.loads`.
 
-    def __init__(self, app: ASGIApp, limiter: RateLimiter, max_body: int) -> None:
-        self._app, self._limiter, self._max_body = app, limiter, max_body
+    `json.loads` takes UTF-16, halves of surrogate pairs, which cannot be sent out again, and from
+    Python 3.14 on any depth: a body of 60,000 opening brackets would take the server a second.
+    """
+
+    async def json(self) -> Any:
+        """Return the parsed body; raise HTTPException if it is no JSON (RFC 8259)."""
+        body = await self.body()
+        try:
+            return from_json(body.removeprefix(b"\xef\xbb\xbf"))  # a byte order mark of Windows
+        except ValueError as exc:
+            raise HTTPException(400, f"Malformed JSON: {exc}") from None
+
+
+class JsonRoute(APIRoute):
+    """A route that reads a JsonRequest, in the way that FastAPI provides for that."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler of a request."""
+        handler = super().get_route_handler()
+
+        async def json_handler(request: Request) -> Response:
+            return await handler(JsonRequest(request.scope, request.receive))
+
+        return json_handler
+
+
+# ==================================================================================================
+# Middleware
+#
+# What has to happen before anybody reads a body. The rate limit as a FastAPI dependency would be
+# too late:
+#
+#   client:  POST /tasks with a malformed body
+#   FastAPI: reads the body, parses it, answers 400
+#   FastAPI: would now call the dependency that counts       <-- never does: bad requests are free
+#
+# A dependency is not called for 404 and 405 either. Therefore these are ASGI middleware: objects
+# that are called with the scope (a dict that describes the request), a function to receive the body
+# and one to send the answer, and that call the next object with the same three, or others.
+# ==================================================================================================
+
+FREE_PATHS = frozenset({"/", "/docs", "/redoc", "/openapi.json", "/health"})  # not limited
+
+
+class HeadMiddleware:
+    """Answers HEAD as GET is answered, without the body (RFC 9110, section 9.3.2)."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a HEAD on as a GET."""
+
+        async def send_without_body(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                message = {**message, "body": b""}
+            await send(message)
+
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            await self._app({**scope, "method": "GET"}, receive, send_without_body)
+        else:
+            await self._app(scope, receive, send)
+
+
+class RateLimitMiddleware:
+    """Counts requests by address, refuses what is too much, and tells each client what it has left.
+
+    The header fields RateLimit and RateLimit-Policy are those of the IETF's draft
+    draft-ietf-httpapi-ratelimit-headers.
+    """
+
+    def __init__(self, app: ASGIApp, limiter: RateLimiter) -> None:
+        self._app = app
+        self._limiter = limiter
         self._policy = f'"default";q={limiter.limit};w={limiter.window}'
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        prefix = scope.get("root_path", "")  # of a proxy; the path begins with it
-        if scope["type"] != "http" or scope["path"].removeprefix(prefix) in UNLIMITED:
-            return await self._app(scope, receive, send)
-        host, _ = scope.get("client") or ("", 0)  # uvicorn knows which X-Forwarded-For to trust
-        allowed, left, reset = await self._limiter.hit(client_key(host))
-        headers = scope["gate.headers"] = {
-            "ratelimit-policy": self._policy,
-            "ratelimit": f'"default";r={left};t={reset}',
-            "cache-control": "no-store",
-        }
-        raw = [(name.encode(), value.encode()) for name, value in headers.items()]
+        """Pass a request on, or refuse it with 429."""
+        if scope["type"] != "http" or path_of(scope) in FREE_PATHS:
+            await self._app(scope, receive, send)
+            return
+        key = client_key(scope)
 
-        async def send_with_headers(message: Message) -> None:
+        async def send_with_fields(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *raw]
+                await self._add_fields(MutableHeaders(scope=message), key)
             await send(message)
 
-        if allowed:
-            # No GET has its body read, but a stream listens on `receive` for the client to leave.
-            body = receive if scope["method"] == "GET" else self._bounded(receive)
-            return await self._app(scope, body, send_with_headers)
-        refusal = problem(429, f"Try again in {reset} s.", {"Retry-After": str(reset)})
-        return await refusal(scope, receive, send_with_headers)
+        if await self._limiter.hit(key):
+            await self._app(scope, receive, send_with_fields)
+        else:
+            _, reset = await self._limiter.quota(key)
+            refusal = problem(429, f"Try again in {reset} s.", {"Retry-After": str(reset)})
+            await refusal(scope, receive, send_with_fields)
+
+    async def _add_fields(self, headers: MutableHeaders, key: str) -> None:
+        """Add the limit's fields as they are when the answer starts; a long poll starts it late."""
+        left, reset = await self._limiter.quota(key)
+        headers["RateLimit-Policy"] = self._policy
+        headers["RateLimit"] = f'"default";r={left};t={reset}'
+        # A client that comes back after a 503 shall not run into a 429.
+        if left == 0 and "Retry-After" in headers:
+            headers["Retry-After"] = str(max(reset, int(headers["Retry-After"])))
+
+
+def path_of(scope: Scope) -> str:
+    """Return the path of a request as the routes see it: without the prefix of a proxy or mount."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def client_key(scope: Scope) -> str:
+    """Return the limiter's key for the address of a request's client.
+
+    The address is the peer's as uvicorn gives it. X-Forwarded-For is not read here: anybody can
+    send it. uvicorn reads it where the peer is a proxy that it has been told to trust.
+    """
+    host, _ = scope.get("client") or ("", 0)
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return "unknown"  # a unix socket, or what a proxy made up: one bucket for all of them
+    if isinstance(address, ipaddress.IPv4Address):
+        return str(address)
+    if address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    # A client that has one IPv6 address has the whole /64, and could take another for each request.
+    return str(ipaddress.ip_network((address, 64), strict=False))
+
+
+class BodyLimitMiddleware:
+    """Bounds the body of a request: without a bound, one of 200 MB is 200 MB of memory."""
+
+    def __init__(self, app: ASGIApp, max_body: int) -> None:
+        self._app = app
+        self._max_body = max_body
+        self._detail = f"The body is longer than {max_body} bytes."
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on; answer 413 at once if it declares a body that is too long."""
+        # Nobody reads the body of a GET, but a stream listens on `receive` for the client to leave.
+        if scope["type"] != "http" or scope["method"] == "GET":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("Content-Length", "")
+        if declared.isdecimal() and int(declared) > self._max_body:
+            # A client that has sent `Expect: 100-continue` waits. uvicorn would tell it to go on at
+            # the first `receive`, which is never called here.
+            await problem(413, self._detail)(scope, receive, send)
+        else:
+            await self._app(scope, self._bounded(receive), send)
 
     def _bounded(self, receive: Receive) -> Receive:
-        """Wrap `receive`: HTTPException 413 for a body that is too long, 400 for one with a NUL."""
+        """Wrap `receive` so that it raises HTTPException(413) for a body that grows too long."""
         size = 0
 
         async def bounded_receive() -> Message:
             nonlocal size
             message = await receive()
-            size += len(body := message.get("body", b""))
+            size += len(message.get("body", b""))
             if size > self._max_body:
-                raise HTTPException(413, f"The body is longer than {self._max_body} bytes.")
-            if b"\0" in body:  # json.loads takes UTF-16 and UTF-32, which RFC 8259 does not
-                raise HTTPException(400)
+                raise HTTPException(413, self._detail)  # FastAPI makes a 400 of any other exception
             return message
 
         return bounded_receive
 
 
-async def stream(tasks: list[Task], status: Status | None, limit: int) -> AsyncIterator[bytes]:
-    """Yield the tasks in `status` (None: in any) as a JSON array, a task a line, many a chunk."""
-    chunk, separator = bytearray(b"["), b"\n"
-    for task in tasks:
-        # Filtered as late as this, so that each line agrees with the filter when it is written.
-        if status in (None, task["status"]):
+# ==================================================================================================
+# Stream
+#
+# The list of tasks is sent while it is made, so its memory does not grow with its length, and
+# others get their turn in between. While they run, tasks change, come and go. Therefore the stream
+# goes through a snapshot. Without it:
+#
+#   stream:  is at the third item of the dict, waits for a slow client
+#   request: submits a task, which grows the dict
+#   stream:  RuntimeError, dictionary changed size during iteration     <-- after a 200, in mid-list
+#
+# The snapshot has ids only, and each record is looked up when its line is written. So the line says
+# what is true then, and a task that has expired meanwhile is left out.
+# ==================================================================================================
+
+CHUNK_BYTES = 65_536  # what is sent at once,
+CHUNK_TASKS = 200  # and what is looked at, before others get their turn
+
+
+async def stream_tasks(
+    manager: TaskManager, status: Status | None, limit: int | None
+) -> AsyncIterator[bytes]:
+    """Yield the tasks with `status` (None: any), `limit` at most, as a JSON array, one a line."""
+    chunk = bytearray(b"[")
+    separator = b"\n"
+    written = 0
+    for looked_at, task_id in enumerate(manager.snapshot(), start=1):
+        task = manager.find(task_id)
+        if task is not None and status in (None, task["status"]):
             chunk += separator + encode(task)
-            separator, limit = b",\n", limit - 1
-        if len(chunk) > CHUNK:
-            yield bytes(chunk)
-            chunk.clear()
-            await asyncio.sleep(0)  # a generator that never waits would hold up everybody else
-        if not limit:
+            separator = b",\n"
+            written += 1
+        if written == limit:
             break
-    yield bytes(chunk) + (b"]\n" if separator == b"\n" else b"\n]\n")
+        if len(chunk) > CHUNK_BYTES or looked_at % CHUNK_TASKS == 0:
+            if chunk:
+                yield bytes(chunk)
+                chunk.clear()
+            # A generator that never really waits holds up everybody else until it ends.
+            await asyncio.sleep(0)
+    yield bytes(chunk) + (b"\n]\n" if written else b"]\n")
 
 
-def answers(success: int, *errors: int, **headers: Any) -> dict[Any, Any]:
-    """Return what OpenAPI is to say of a route's answers, beside the schema of its success."""
-    return {success: {"headers": LIMITS | headers}, **dict.fromkeys((*errors, "default"), PROBLEM)}
+# ==================================================================================================
+# Routes
+#
+# They translate: a request into a call of the manager, and what it returns into an answer. What the
+# manager raises goes past them to `handle_error`. `response_model` is for /docs only: the answers
+# are encoded as they are, since the records are checked when they are written.
+# ==================================================================================================
+
+SCHEMAS = "#/components/schemas/{model}"
+ANSWER_MODELS = (Accepted, Task, Health, Problem)
+LIMIT_FIELDS: dict[str, Any] = {
+    "RateLimit": {
+        "description": "What you have left: `r` requests; in `t` seconds there is one more.",
+        "schema": {"type": "string", "example": '"default";r=7;t=42'},
+    },
+    "RateLimit-Policy": {
+        "description": "What you have in all: `q` requests in any `w` seconds.",
+        "schema": {"type": "string", "example": '"default";q=10;w=60'},
+    },
+}
+RETRY_FIELD: dict[str, Any] = {
+    "Retry-After": {
+        "description": "In how many seconds to try again.",
+        "schema": {"type": "integer", "minimum": 1, "example": 42},
+    },
+}
+LOCATION_FIELD = {"description": "The path of the task.", "schema": {"type": "string"}}
+
+# When an error comes, and what its `detail` says then.
+PROBLEMS = {
+    400: ("The request is wrong: `errors` says where.", INVALID),
+    404: ("There is no such task, or no longer.", "There is no such task. It may have expired."),
+    409: ("It is too late to cancel the task.", "The task has already completed."),
+    413: ("The body is too long.", "The body is longer than 65536 bytes."),
+    429: ("You have sent too many requests.", "Try again in 42 s."),
+    500: ("Any other error.", "The server failed."),
+    503: ("There is no room for a task, or nobody to work on it.", "The queue is full."),
+}
+EXAMPLE_TASK: Task = {
+    "task_id": "2667d366-af2b-4988-974f-cba005fa3340",
+    "task_type": "compute_sum",
+    "parameters": {"numbers": [1, 2, 3.5]},
+    "priority": "normal",
+    "status": "completed",
+    "progress": 100,
+    "result": 6.5,
+    "error": None,
+    "created_at": "2026-01-01T12:00:00.000000Z",
+    "started_at": "2026-01-01T12:00:00.004213Z",
+    "finished_at": "2026-01-01T12:00:05.011307Z",
+    "expires_at": "2026-01-01T12:10:05.011307Z",
+}
+EXAMPLE_ACCEPTED = {"task_id": EXAMPLE_TASK["task_id"], "status": "queued"}
+EXAMPLE_CANCELLED = {**EXAMPLE_TASK, "status": "cancelled", "progress": 40, "result": None}
+EXAMPLE_HEALTH: Health = {
+    "status": "ok",
+    "tasks": {"queued": 3, "processing": 5, "completed": 40, "failed": 1, "cancelled": 2},
+    "queue": {"size": 3, "capacity": 100},
+    "workers": {"busy": 5, "total": 5},
+}
+EXAMPLE_ITEM = {"detail": "Input should be a valid string", "pointer": "#/parameters/title"}
+EXAMPLE_MEMBERS: dict[int, Any] = {400: {"errors": [EXAMPLE_ITEM]}, 409: {"task": EXAMPLE_TASK}}
+
+
+def documented_answers(
+    success: int, schema: str, example: Any, *errors: int, limited: bool = True, **fields: Any
+) -> dict[int | str, dict[str, Any]]:
+    """Return what the OpenAPI document is to say of a route's answers.
+
+    `success` has the schema of that name, or a list of them if the example is one; `errors` are
+    keys of PROBLEMS; `fields` are header fields of the success, beside those of the rate limit.
+    """
+    limit_fields = LIMIT_FIELDS if limited else {}
+    body: dict[str, Any] = {"$ref": SCHEMAS.format(model=schema)}
+    if isinstance(example, list):
+        body = {"type": "array", "items": body}
+    documents: dict[int | str, dict[str, Any]] = {
+        success: {
+            "headers": limit_fields | fields,
+            "content": {"application/json": {"schema": body, "example": example}},
+        }
+    }
+    for status in errors:
+        documents[status] = documented_problem(status, limit_fields)
+    # Without a `default` FastAPI would document the 422 that it answers of itself.
+    documents["default"] = documented_problem(500, limit_fields)
+    return documents
+
+
+def documented_problem(status: int, limit_fields: dict[str, Any]) -> dict[str, Any]:
+    """Return what the OpenAPI document is to say of an error."""
+    description, detail = PROBLEMS[status]
+    example = problem_body(status, detail, EXAMPLE_MEMBERS.get(status, {}))
+    schema = {"$ref": SCHEMAS.format(model="Problem")}
+    retry_field = RETRY_FIELD if limit_fields and status in (429, 503) else {}
+    return {
+        "description": description,
+        "headers": limit_fields | retry_field,
+        "content": {"application/problem+json": {"schema": schema, "example": example}},
+    }
+
+
+def json_answer(
+    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return `value` as a JSON answer that nobody may cache."""
+    return Response(encode(value), status, {**NO_STORE, **(headers or {})}, "application/json")
+
+
+def root_of(request: Request) -> str:
+    """Return the prefix under which a proxy or a mount has put this app, fit for a URL."""
+    prefix = request.scope.get("root_path", "").strip("/")
+    return "/" + quote(prefix) if prefix else ""
 
 
 def add_routes(app: FastAPI, manager: TaskManager) -> None:
     """Give `app` its routes."""
-    accepted = answers(202, 400, 413, 429, 503, Location=TEXT)
-    fields = [(n, s, s["description"]) for n, s in Poll.model_json_schema()["properties"].items()]
-    query = [{"name": n, "in": "query", "schema": s, "description": d} for n, s, d in fields]
-    poll = {"parameters": query}
 
-    @app.post("/tasks", status_code=202, response_model=Accepted, responses=accepted)
-    async def submit_task(submission: Submission, request: Request) -> Response:
-        """Queue a task; poll it at `Location`. Unknown fields are errors.
-
-        The highest priority starts first, then the oldest; waiting raises the priority.
-        """
-        parameters = dict(submission.parameters)
+    @app.post(
+        "/tasks",
+        status_code=202,
+        responses=documented_answers(
+            202, "Accepted", EXAMPLE_ACCEPTED, 400, 413, 429, 503, Location=LOCATION_FIELD
+        ),
+    )
+    async def submit_task(
+        submission: Submission, query: Annotated[NoQuery, Query()], request: Request
+    ) -> Response:
+        """Queue a task. Poll it at `Location`."""
+        root = root_of(request)
+        parameters = submission.parameters.model_dump()
         task = manager.submit(submission.task_type, parameters, submission.priority)
-        location = {"Location": f"{request.scope['root_path']}/tasks/{task['task_id']}"}
-        return answer(encode({"task_id": task["task_id"], "status": "queued"}), 202, location)
+        accepted = {"task_id": task["task_id"], "status": task["status"]}
+        return json_answer(accepted, 202, {"Location": f"{root}/tasks/{task['task_id']}"})
 
-    @app.get("/tasks", response_model=list[Task], responses=answers(200, 400, 429))
-    async def list_tasks(status: Status | None = None, limit: Limit = None) -> Response:
-        """List the tasks in order of submission, streamed, one a line."""
-        tasks = manager.snapshot()
-        lines = stream(tasks, status, limit or len(tasks))
-        return StreamingResponse(lines, media_type="application/json")
+    @app.get(
+        "/tasks",
+        responses=documented_answers(200, "Task", [EXAMPLE_TASK], 400, 429),
+    )
+    async def list_tasks(query: Annotated[ListQuery, Query()]) -> Response:
+        """List the tasks, oldest first."""
+        lines = stream_tasks(manager, query.status, query.limit)
+        return StreamingResponse(lines, headers=NO_STORE, media_type="application/json")
 
-    @app.get(TASK, response_model=Task, responses=answers(200, 400, 404, 429), openapi_extra=poll)
-    async def get_task(task_id: UUID, request: Request) -> Response:
-        """Return a task: at once, or with `wait=true` when its status changes, for some seconds.
+    @app.get(
+        "/tasks/{task_id}",
+        responses=documented_answers(200, "Task", EXAMPLE_TASK, 400, 404, 429),
+    )
+    async def get_task(task_id: UUID, query: Annotated[PollQuery, Query()]) -> Response:
+        """Return a task: at once, or with `wait=true` when its status changes."""
+        if query.wait:
+            return json_answer(await manager.wait(str(task_id), query.since))
+        return json_answer(manager.get(str(task_id)))
 
-        With the status you saw last as `since`, no change between two polls is lost.
-        """
-        # Read by hand: FastAPI's own reading of two parameters takes a tenth of the whole request.
-        asked = Poll.model_validate(dict(request.query_params))
-        if asked.wait:
-            return answer(encode(await manager.wait(str(task_id), asked.since)))
-        return answer(encode(manager.get(str(task_id))))
+    @app.delete(
+        "/tasks/{task_id}",
+        responses=documented_answers(200, "Task", EXAMPLE_CANCELLED, 400, 404, 409, 429),
+    )
+    async def cancel_task(task_id: UUID, query: Annotated[NoQuery, Query()]) -> Response:
+        """Cancel a task. It can still be asked for until its `expires_at`."""
+        return json_answer(manager.cancel(str(task_id)))
 
-    @app.delete(TASK, response_model=Task, responses=answers(200, 400, 404, 409, 429))
-    async def cancel_task(task_id: UUID) -> Response:
-        """Cancel a task, which stays until `expires_at`; 409 if it has completed or failed."""
-        return answer(encode(manager.cancel(str(task_id))))
-
-    @app.get("/health", responses={503: {"content": PROBLEM["content"]}})
-    async def health() -> Health:
-        """Count tasks by status, places in the queue, and workers; 503 if these have died."""
-        return manager.health()
+    @app.get(
+        "/health",
+        responses=documented_answers(200, "Health", EXAMPLE_HEALTH, 400, 503, limited=False),
+    )
+    async def health(query: Annotated[NoQuery, Query()]) -> Response:
+        """Count tasks, places and workers. Not limited."""
+        return json_answer(manager.health())
 
     @app.get("/", include_in_schema=False)
     async def root(request: Request) -> Response:
-        return RedirectResponse(request.scope["root_path"] + "/docs")
+        return RedirectResponse(root_of(request) + "/docs")
 
 
-@asynccontextmanager
-async def background(job: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run `job` beside the body of an `async with`; then cancel it and wait for its end."""
-    task = asyncio.create_task(job)
+# ==================================================================================================
+# The app
+#
+# `create_app` makes one world: a manager, a limiter, an app that knows both. Nothing that changes is
+# a global of this module, so two apps in one process do not touch, and each test has its own.
+#
+# The lifespan owns what runs in the background. What happens on Ctrl-C or SIGTERM, step by step:
+#
+#   1. `on_stop_signal` is called first: the long polls are answered, no more tasks are accepted.
+#   2. Its handler calls uvicorn's, which stops listening and lets the requests in hand finish.
+#      Without step 1 that would take as long as the longest poll.
+#   3. uvicorn ends the lifespan: the timers are cancelled, then the manager stops. It marks each
+#      task that is not final, cancels the workers and the work, and waits for their clean-up.
+#   4. The process ends. Threads that work has started are waited for after Ctrl-C.
+# ==================================================================================================
+
+DESCRIPTION = """\
+Submit a task, then poll it until it is `completed`, `failed` or `cancelled`.
+
+* **Rate limit**: 10 requests a minute from one address (an IPv6 client is its /64); bad requests
+  count, refused ones (429) do not. `/`, `/docs`, `/redoc`, `/openapi.json`, `/health` are free.
+* **Long poll**: `GET /tasks/{task_id}?wait=true&since=queued` is held until the status is no longer
+  `queued`, at most 10 seconds. Give the status that you saw last, and you miss no change.
+* **Retention**: a task can be asked for until 10 minutes after its end (`expires_at`), then it is
+  404. A restart of the server loses all tasks.
+* **Priority**: five tasks run at a time; `high` before `normal` before `low`, then the oldest
+  first. One level is worth 30 seconds of waiting, so nothing waits for ever.
+* **Failure**: `error.code` is `task_failed` (see its message), `timeout` (after 60 seconds) or
+  `internal_error`.
+* **Errors** are problem documents (RFC 9457). With 429 and 503 wait for `Retry-After` seconds.
+* Anybody can see and cancel every task. HEAD is answered wherever GET is.
+
+These are the defaults; whoever runs the server may have set others.
+"""
+
+
+@contextmanager
+def on_stop_signal(callback: Callable[[], None]) -> Iterator[None]:
+    """Call `callback` in the event loop when SIGINT or SIGTERM comes, before the server acts on it.
+
+    A server tells the lifespan of a stop only after it has sent all answers, and a poll that is
+    held would delay that. So this puts a handler before the server's, and calls that one too. Where
+    it cannot (no handler is set, or this is not the main thread), polls are just held to their end.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    former: dict[int, Callable[[int, FrameType | None], Any]] = {}
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        loop.call_soon_threadsafe(callback)  # a handler may interrupt the loop anywhere
+        former[signum](signum, frame)
+
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        handler = signal.getsignal(signum)
+        if callable(handler):
+            former[signum] = handler
+            signal.signal(signum, handle)
     try:
         yield
     finally:
-        task.cancel()
-        await asyncio.wait({task})
+        for number, former_handler in former.items():
+            if signal.getsignal(number) is handle:
+                signal.signal(number, former_handler)
+
+
+async def every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
+    """Call `job` every so many seconds, until cancelled. An exception ends its round only."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await job()
+        except Exception:
+            # Without this the timer would be dead from now on, and nobody would see it.
+            log.exception("a round of the clean-up failed")
+
+
+@asynccontextmanager
+async def timer(seconds: float, job: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Call `job` every so many seconds during the body of an `async with`."""
+    asyncio_task = asyncio.create_task(every(seconds, job))
+    try:
+        yield
+    finally:
+        asyncio_task.cancel()
+        # Waited for, or the event loop might end before it: "destroyed but it is pending".
+        await asyncio.wait({asyncio_task})
+
+
+class TaskApp(FastAPI):
+    """FastAPI with our middleware around all of it, and one more schema in its OpenAPI document."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return what the server calls; the outermost comes last here."""
+        # `add_middleware` would put ours inside of Starlette's outermost one, which answers 500,
+        # and such an answer would then lack the fields of the rate limit.
+        app = super().build_middleware_stack()
+        app = BodyLimitMiddleware(app, self.state.settings.max_body)
+        app = RateLimitMiddleware(app, self.state.limiter)
+        return HeadMiddleware(app)
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the OpenAPI document, with the schemas that `documented_answers` refers to."""
+        if self.openapi_schema is None:
+            self.openapi_schema = super().openapi()
+            schemas = self.openapi_schema["components"]["schemas"]
+            for model in ANSWER_MODELS:
+                schema = TypeAdapter[Any](model).json_schema(ref_template=SCHEMAS)
+                schemas |= schema.pop("$defs", {})
+                schemas[model.__name__] = schema
+        return self.openapi_schema
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """Return a new app with a world of its own; settings come from the environment if not given."""
     settings = settings or Settings.from_environment()
-    manager, limiter = TaskManager(settings), RateLimiter(settings.rate_limit, settings.rate_window)
-
-    async def clean_up() -> None:
-        """Give back the memory of expired tasks and quiet addresses."""
-        while True:
-            await asyncio.sleep(settings.cleanup_interval)
-            manager.expire()
-            await limiter.sweep()
+    manager = TaskManager(settings)
+    limiter = RateLimiter(settings.rate_limit, settings.rate_window)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        # The timers are two, so that a fault of one clean-up does not keep the other from its turn.
         async with (
-            background(manager.run()),
-            background(clean_up()),
+            manager.working(),
+            timer(settings.cleanup_interval, manager.clean_up),
+            timer(settings.cleanup_interval, limiter.sweep),
         ):
-            yield
+            with on_stop_signal(manager.stop_waiting):
+                yield
 
-    app = FastAPI(
+    app = TaskApp(
         title="Task manager",
-        description="Submit a task, then poll it until it is completed, failed or cancelled.",
-        generate_unique_id_function=lambda route: route.name,
+        description=DESCRIPTION,
+        version="2.0.0",
         lifespan=lifespan,
-        redirect_slashes=False,  # one would repeat the Host header, which is the client's
+        generate_unique_id_function=lambda route: route.name,
+        redirect_slashes=False,  # the redirect would repeat the Host header, which is the client's
         swagger_ui_oauth2_redirect_url=None,
     )
-    app.add_middleware(Gate, limiter=limiter, max_body=settings.max_body)
-    for error in (ManagerError, RequestValidationError, ValidationError, HTTPException, Exception):
+    app.state.settings = settings
+    app.state.manager = manager
+    app.state.limiter = limiter
+    app.router.route_class = JsonRoute
+    for error in (ManagerError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(error, handle_error)
     add_routes(app, manager)
-    app.state.manager, app.state.limiter = manager, limiter
     return app
 
 
