@@ -126,7 +126,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from typing_extensions import NotRequired, TypeAliasType, TypedDict  # pydantic needs these on 3.10
+from typing_extensions import NotRequired, Self, TypeAliasType, TypedDict
 
 # A plain `getLogger(__name__)` would show nothing under uvicorn, which configures its own loggers
 # and leaves the root logger alone. A child of one of uvicorn's appears beside its lines.
@@ -358,9 +358,11 @@ def traceback_text(exc: BaseException) -> str:
 # timers in a heap, and a timer at `nan` corrupts the order of a heap. To add a setting, add a line.
 # ==================================================================================================
 
-Count: TypeAlias = Annotated[int, Field(ge=1, le=10**9)]
-Seconds: TypeAlias = Annotated[float, Field(gt=0, le=10**9)]
-SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=10**9)]
+MOST = 1_000_000_000
+
+Count: TypeAlias = Annotated[int, Field(ge=1, le=MOST)]
+Seconds: TypeAlias = Annotated[float, Field(gt=0, le=MOST)]
+SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=MOST)]
 
 
 class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
@@ -403,15 +405,26 @@ class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """What the duration of the simulated work is multiplied by; 0 for none."""
 
     @classmethod
-    def from_environment(cls) -> "Settings":
+    def from_environment(cls) -> Self:
         """Read the `TASKS_*` variables; raise SystemExit with a line for each bad one."""
-        variables = {name: f"TASKS_{name.upper()}" for name in cls.model_fields}
-        given = {name: os.environ.get(variable) for name, variable in variables.items()}
+        given: dict[str, str] = {}
+        for name in cls.model_fields:
+            value = os.environ.get(cls.variable_of(name))
+            if value is not None:
+                given[name] = value
         try:
-            return cls.model_validate({k: v for k, v in given.items() if v is not None})
+            return cls.model_validate(given)
         except ValidationError as exc:
-            lines = [f"{variables[str(e['loc'][0])]}: {e['msg']}" for e in exc.errors()]
+            lines = []
+            for error in exc.errors():
+                name = str(error["loc"][0])
+                lines.append(f"{cls.variable_of(name)}: {error['msg']}")
             raise SystemExit("\n".join(lines)) from None
+
+    @staticmethod
+    def variable_of(name: str) -> str:
+        """Return the environment variable of a setting."""
+        return f"TASKS_{name.upper()}"
 
 
 # ==================================================================================================
@@ -651,13 +664,15 @@ class TaskManager:
         A status only moves forward, so the one that a client saw last is a cursor: if the status
         changes between two polls, the second one sees it and does not wait at all.
 
-        Without R2, two ways to sleep through the change that one waits for:
+        Two ways to sleep through the change, without R2:
 
-            poller: reads "processing"                  poller 1: reads "processing", waits
-            poller: awaits something else               worker:   says "completed", sets the Event,
-            worker: says "completed", sets the Event              clears it for the next change
-            poller: makes an Event, waits   <-- for     poller 2: had read "processing" before,
-                    a change that has been                        waits now   <-- for ever
+            poller: reads "processing", then awaits something else
+            worker: says "completed", sets the Event that nobody waits for yet
+            poller: makes an Event and waits for the next change       <-- there is none, ever
+
+            poller: reads "processing", waits for the Event
+            worker: says "completed", sets the Event, clears it for the next change
+            poller: gets its turn, finds the Event cleared, waits on   <-- a wake-up that is lost
         """
         task = self.get(task_id)
         changed_already = since is not None and since != task["status"]
@@ -719,7 +734,8 @@ class TaskManager:
     async def working(self) -> AsyncIterator[None]:
         """Run the workers during the body of an `async with`; after it, every task is final."""
         self._open = True
-        workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
+        count = self._settings.workers
+        workers = [asyncio.create_task(self._worker()) for _ in range(count)]
         supervisor = asyncio.create_task(self._supervise(workers))
         try:
             yield
@@ -852,8 +868,10 @@ class TaskManager:
             case "generate_report":
                 title, sections = parameters["title"], parameters["sections"]
                 await self._simulate(5 * sections, report)
-                lines = [f"Section {number} of {sections}" for number in range(1, sections + 1)]
-                return "\n".join([title, *lines])
+                lines = [title]
+                for number in range(1, sections + 1):
+                    lines.append(f"Section {number} of {sections}")
+                return "\n".join(lines)
             case "simulate_failure":
                 await self._simulate(5, report)
                 raise TaskFailedError(parameters["message"])
@@ -1110,6 +1128,11 @@ class ListQuery(ClosedModel):
     """How many tasks at most; all of them if it is left out."""
 
 
+NoParameters: TypeAlias = Annotated[NoQuery, Query()]
+PollParameters: TypeAlias = Annotated[PollQuery, Query()]
+ListParameters: TypeAlias = Annotated[ListQuery, Query()]
+
+
 @documented
 class Accepted(TypedDict):
     """A task has been queued."""
@@ -1166,50 +1189,63 @@ class Problem(TypedDict):
 INVALID = "The request is not valid."
 NO_STORE = {"Cache-Control": "no-store"}  # a status is out of date a second later
 
+JsonObject: TypeAlias = dict[str, Any]
+Fields: TypeAlias = Mapping[str, str]
+NO_FIELDS: Fields = {}
+
 
 def encode(value: Any) -> bytes:
     """Return `value` as JSON."""
     return to_json(value, inf_nan_mode="null")
 
 
-def problem_body(status: int, detail: str, members: Mapping[str, Any]) -> dict[str, Any]:
+def problem_body(status: int, detail: str, **members: Any) -> JsonObject:
     """Return a problem document (RFC 9457); `members` are further ones of `Problem`."""
-    title = HTTPStatus(status).phrase
-    return {"type": "about:blank", "title": title, "status": status, "detail": detail, **members}
+    return {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "detail": detail,
+        **members,
+    }
 
 
-def problem(
-    status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any
-) -> Response:
-    """Return an error answer."""
-    body = encode(problem_body(status, detail, members))
-    return Response(body, status, {**NO_STORE, **(headers or {})}, "application/problem+json")
+def problem(status: int, detail: str, headers: Fields = NO_FIELDS, **members: Any) -> Response:
+    """Return an error answer; `headers` are further fields, `members` as in `problem_body`."""
+    body = encode(problem_body(status, detail, **members))
+    return Response(body, status, {**NO_STORE, **headers}, "application/problem+json")
 
 
 def json_pointer(path: list[int | str]) -> str:
     """Return the pointer to a place in the body, as a URI fragment (RFC 6901, section 6)."""
     fragment = "#"
     for key in path:
-        # A key may be the client's own: cut it, escape it, and quote all that a URI does not allow.
-        escaped = str(key)[:50].replace("~", "~0").replace("/", "~1")
-        fragment += "/" + quote(escaped, safe="", errors="replace")
+        escaped = short(key).replace("~", "~0").replace("/", "~1")
+        fragment += "/" + quote(escaped, safe="")
     return fragment
+
+
+def short(key: int | str) -> str:
+    """Return a key fit to be shown: it may be the client's own, of any length."""
+    return printable(str(key))[:50]
 
 
 def invalid_item(error: Mapping[str, Any]) -> InvalidItem:
     """Translate an error of pydantic's; its `input` and `ctx` are what the client has sent."""
     kind = error["type"]
     place, *path = error["loc"]
+    detail = printable(error["msg"])[:200]
     if kind.startswith("union_tag"):
         # Pydantic would repeat the unknown tag, at any length.
         detail = f"Input should be one of {', '.join(TASK_TYPES)}"
         return {"detail": detail, "pointer": "#/task_type"}
-    detail = printable(error["msg"])[:200]
     if kind.startswith("model"):
         # Pydantic would name our class.
-        detail = "Input should be an object" + ("" if path else " sent as application/json")
+        detail = "Input should be an object"
+        if not path:
+            detail += " sent as application/json"
     if place != "body":
-        return {"detail": detail, "pointer": printable(str(path[-1]))[:50]}
+        return {"detail": detail, "pointer": short(path[-1])}
     # The first step of the path is the tag of the union, which is not in the body.
     return {"detail": detail, "pointer": json_pointer(path[1:])}
 
@@ -1236,13 +1272,13 @@ async def handle_error(request: Request, exc: Exception) -> Response:
             # Not pydantic's ValidationError: that one would be a fault of our own code, so a 500.
             items = [invalid_item(error) for error in exc.errors()[:10]]
             return problem(400, INVALID, errors=items)
-        case HTTPException(status_code=400):
-            return problem(400, INVALID, errors=[{"detail": exc.detail, "pointer": "#"}])
+        case HTTPException(status_code=400, detail=detail):
+            return problem(400, INVALID, errors=[{"detail": detail, "pointer": "#"}])
         case HTTPException(status_code=405):
             allow = {"Allow": allowed_methods(request)}
             return problem(405, "This path has other methods: see Allow.", allow)
         case HTTPException():
-            return problem(exc.status_code, str(exc.detail), exc.headers)
+            return problem(exc.status_code, str(exc.detail), exc.headers or NO_FIELDS)
         case InvalidParametersError():
             item = {"detail": str(exc), "pointer": "#/parameters"}
             return problem(400, INVALID, errors=[item])
@@ -1367,7 +1403,7 @@ class RateLimitMiddleware:
 
 
 def path_of(scope: Scope) -> str:
-    """Return the path of a request as the routes see it: without the prefix of a proxy or mount."""
+    """Return the path of a request without the prefix under which a proxy or mount has put us."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
 
@@ -1481,7 +1517,7 @@ async def stream_tasks(
 
 SCHEMAS = "#/components/schemas/{model}"
 ANSWER_MODELS = (Accepted, Task, Health, Problem)
-LIMIT_FIELDS: dict[str, Any] = {
+LIMIT_FIELDS: JsonObject = {
     "RateLimit": {
         "description": "What you have left: `r` requests; in `t` seconds there is one more.",
         "schema": {"type": "string", "example": '"default";r=7;t=42'},
@@ -1491,7 +1527,7 @@ LIMIT_FIELDS: dict[str, Any] = {
         "schema": {"type": "string", "example": '"default";q=10;w=60'},
     },
 }
-RETRY_FIELD: dict[str, Any] = {
+RETRY_FIELD: JsonObject = {
     "Retry-After": {
         "description": "In how many seconds to try again.",
         "schema": {"type": "integer", "minimum": 1, "example": 42},
@@ -1532,22 +1568,25 @@ EXAMPLE_HEALTH: Health = {
     "workers": {"busy": 5, "total": 5},
 }
 EXAMPLE_ITEM = {"detail": "Input should be a valid string", "pointer": "#/parameters/title"}
-EXAMPLE_MEMBERS: dict[int, Any] = {400: {"errors": [EXAMPLE_ITEM]}, 409: {"task": EXAMPLE_TASK}}
+EXAMPLE_MEMBERS: dict[int, JsonObject] = {
+    400: {"errors": [EXAMPLE_ITEM]},
+    409: {"task": EXAMPLE_TASK},
+}
 
 
 def documented_answers(
     success: int, schema: str, example: Any, *errors: int, limited: bool = True, **fields: Any
-) -> dict[int | str, dict[str, Any]]:
+) -> dict[int | str, JsonObject]:
     """Return what the OpenAPI document is to say of a route's answers.
 
     `success` has the schema of that name, or a list of them if the example is one; `errors` are
     keys of PROBLEMS; `fields` are header fields of the success, beside those of the rate limit.
     """
     limit_fields = LIMIT_FIELDS if limited else {}
-    body: dict[str, Any] = {"$ref": SCHEMAS.format(model=schema)}
+    body: JsonObject = {"$ref": SCHEMAS.format(model=schema)}
     if isinstance(example, list):
         body = {"type": "array", "items": body}
-    documents: dict[int | str, dict[str, Any]] = {
+    documents: dict[int | str, JsonObject] = {
         success: {
             "headers": limit_fields | fields,
             "content": {"application/json": {"schema": body, "example": example}},
@@ -1560,10 +1599,10 @@ def documented_answers(
     return documents
 
 
-def documented_problem(status: int, limit_fields: dict[str, Any]) -> dict[str, Any]:
+def documented_problem(status: int, limit_fields: JsonObject) -> JsonObject:
     """Return what the OpenAPI document is to say of an error."""
     description, detail = PROBLEMS[status]
-    example = problem_body(status, detail, EXAMPLE_MEMBERS.get(status, {}))
+    example = problem_body(status, detail, **EXAMPLE_MEMBERS.get(status, {}))
     schema = {"$ref": SCHEMAS.format(model="Problem")}
     retry_field = RETRY_FIELD if limit_fields and status in (429, 503) else {}
     return {
@@ -1573,11 +1612,9 @@ def documented_problem(status: int, limit_fields: dict[str, Any]) -> dict[str, A
     }
 
 
-def json_answer(
-    value: Any, status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
+def json_answer(value: Any, status: int = 200, headers: Fields = NO_FIELDS) -> Response:
     """Return `value` as a JSON answer that nobody may cache."""
-    return Response(encode(value), status, {**NO_STORE, **(headers or {})}, "application/json")
+    return Response(encode(value), status, {**NO_STORE, **headers}, "application/json")
 
 
 def root_of(request: Request) -> str:
@@ -1597,7 +1634,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         ),
     )
     async def submit_task(
-        submission: Submission, query: Annotated[NoQuery, Query()], request: Request
+        submission: Submission, query: NoParameters, request: Request
     ) -> Response:
         """Queue a task. Poll it at `Location`."""
         root = root_of(request)
@@ -1610,7 +1647,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         "/tasks",
         responses=documented_answers(200, "Task", [EXAMPLE_TASK], 400, 429),
     )
-    async def list_tasks(query: Annotated[ListQuery, Query()]) -> Response:
+    async def list_tasks(query: ListParameters) -> Response:
         """List the tasks, oldest first."""
         lines = stream_tasks(manager, query.status, query.limit)
         return StreamingResponse(lines, headers=NO_STORE, media_type="application/json")
@@ -1619,7 +1656,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         "/tasks/{task_id}",
         responses=documented_answers(200, "Task", EXAMPLE_TASK, 400, 404, 429),
     )
-    async def get_task(task_id: UUID, query: Annotated[PollQuery, Query()]) -> Response:
+    async def get_task(task_id: UUID, query: PollParameters) -> Response:
         """Return a task: at once, or with `wait=true` when its status changes."""
         if query.wait:
             return json_answer(await manager.wait(str(task_id), query.since))
@@ -1629,7 +1666,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         "/tasks/{task_id}",
         responses=documented_answers(200, "Task", EXAMPLE_CANCELLED, 400, 404, 409, 429),
     )
-    async def cancel_task(task_id: UUID, query: Annotated[NoQuery, Query()]) -> Response:
+    async def cancel_task(task_id: UUID, query: NoParameters) -> Response:
         """Cancel a task. It can still be asked for until its `expires_at`."""
         return json_answer(manager.cancel(str(task_id)))
 
@@ -1637,7 +1674,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         "/health",
         responses=documented_answers(200, "Health", EXAMPLE_HEALTH, 400, 503, limited=False),
     )
-    async def health(query: Annotated[NoQuery, Query()]) -> Response:
+    async def health(query: NoParameters) -> Response:
         """Count tasks, places and workers. Not limited."""
         return json_answer(manager.health())
 
@@ -1682,6 +1719,10 @@ These are the defaults; whoever runs the server may have set others.
 """
 
 
+Job: TypeAlias = Callable[[], Awaitable[None]]
+Handler: TypeAlias = Callable[[int, FrameType | None], Any]
+
+
 @contextmanager
 def on_stop_signal(callback: Callable[[], None]) -> Iterator[None]:
     """Call `callback` in the event loop when SIGINT or SIGTERM comes, before the server acts on it.
@@ -1694,7 +1735,7 @@ def on_stop_signal(callback: Callable[[], None]) -> Iterator[None]:
         yield
         return
     loop = asyncio.get_running_loop()
-    former: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    former: dict[int, Handler] = {}
 
     def handle(signum: int, frame: FrameType | None) -> None:
         loop.call_soon_threadsafe(callback)  # a handler may interrupt the loop anywhere
@@ -1713,8 +1754,8 @@ def on_stop_signal(callback: Callable[[], None]) -> Iterator[None]:
                 signal.signal(number, former_handler)
 
 
-async def every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
-    """Call `job` every so many seconds, until cancelled. An exception ends its round only."""
+async def timer(seconds: float, job: Job) -> None:
+    """Do a job every so many seconds, until cancelled. An exception ends its round only."""
     while True:
         await asyncio.sleep(seconds)
         try:
@@ -1725,14 +1766,14 @@ async def every(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
 
 
 @asynccontextmanager
-async def timer(seconds: float, job: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-    """Call `job` every so many seconds during the body of an `async with`."""
-    asyncio_task = asyncio.create_task(every(seconds, job))
+async def background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run a coroutine beside the body of an `async with`; then cancel it and wait for its end."""
+    asyncio_task = asyncio.create_task(coroutine)
     try:
         yield
     finally:
         asyncio_task.cancel()
-        # Waited for, or the event loop might end before it: "destroyed but it is pending".
+        # Without this the event loop may end first: "Task was destroyed but it is pending!"
         await asyncio.wait({asyncio_task})
 
 
@@ -1771,8 +1812,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         # The timers are two, so that a fault of one clean-up does not keep the other from its turn.
         async with (
             manager.working(),
-            timer(settings.cleanup_interval, manager.clean_up),
-            timer(settings.cleanup_interval, limiter.sweep),
+            background(timer(settings.cleanup_interval, manager.clean_up)),
+            background(timer(settings.cleanup_interval, limiter.sweep)),
         ):
             with on_stop_signal(manager.stop_waiting):
                 yield
