@@ -25,7 +25,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from datetime import datetime, timedelta, timezone
 from http import HTTPStatus
@@ -97,13 +96,18 @@ class JumpingSelector(selectors.SelectSelector):
     """In place of waiting for the next timer, it moves the loop's clock there."""
 
     loop: "VirtualLoop"
+    turns = 0  # of the loop since the time has moved
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Return what is ready; if that is nothing, let virtual time pass, or real time for I/O."""
         self.loop.shuffle_ready()
+        self.turns += 1
+        if self.turns > 100_000:
+            raise AssertionError("something goes round and round, and no time passes")
         events = super().select(0)
         if events or timeout == 0:
             return events
+        self.turns = 0
         if self.loop.in_threads:
             # Virtual time stands still while a thread works; but a thread that waits for a test to
             # go on must not stop it for ever.
@@ -215,11 +219,22 @@ SLOW: Json = {"parameters": {"title": "T", "sections": 6}}  # a generate_report 
 class World:
     """An app that has been started, and a client of it."""
 
-    def __init__(self, app: FastAPI) -> None:
+    def __init__(self, app: FastAPI, work: Job | None = None) -> None:
+        """Take an app, and what is to be done as the work of every task."""
         self.app = app
         self.manager: TaskManager = app.state.manager
+        if work is not None:
+            self.use(work)
         self.limiter: main.RateLimiter = app.state.limiter
         self.http = self.client("10.0.0.1")
+
+    def use(self, work: Job) -> None:
+        """Let `work` be the work of every task."""
+
+        async def execute(_: str, parameters: Json, report: main.Report) -> Any:
+            return await work(parameters, report)
+
+        self.manager._execute = execute  # type: ignore[method-assign]  # that is meant
 
     def client(self, host: str | None, **more: Any) -> httpx.AsyncClient:
         """Return a client with that address; None is a peer that has none, as on a unix socket."""
@@ -242,6 +257,10 @@ class World:
         answer = await self.http.get(f"/tasks/{task_id}", params=query)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
+
+    async def status(self, task_id: str) -> str:
+        """Return the status of a task."""
+        return str((await self.get(task_id))["status"])
 
     async def final(self, task_id: str) -> Json:
         """Poll a task until it is final."""
@@ -269,6 +288,23 @@ class World:
         parameters = EXAMPLES["compute_sum"]["parameters"]
         return [self.manager.submit("compute_sum", parameters) for _ in range(count)]
 
+    def poll(self, task: Task, since: Status | None = None) -> asyncio.Task[tuple[float, Task]]:
+        """Start a long poll; await it for how long it was held, and the task."""
+        return asyncio.create_task(clock(self.manager.wait(task["task_id"], since)))
+
+    def record_starts(self) -> dict[str, float]:
+        """Return a dict that will have the virtual time at which each task starts, from now on."""
+        started: dict[str, float] = {}
+        zero = main.now()
+        run_task = self.manager._run_task
+
+        async def spy(task: Task) -> None:
+            started[task["task_id"]] = main.now() - zero
+            await run_task(task)
+
+        self.manager._run_task = spy  # type: ignore[method-assign]  # a spy
+        return started
+
     def check_books(self) -> None:
         """Assert that the manager's collections agree with its records, whatever has happened."""
         manager = self.manager
@@ -285,9 +321,10 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def world(**settings: Any) -> AsyncIterator[World]:
+async def world(work: Job | None = None, **settings: Any) -> AsyncIterator[World]:
     """Start an app, by default with a limit that no test reaches, and stop it; leave nothing."""
-    here = World(create_app(Settings(**{"rate_limit": 10**6, **settings})))
+    settings = {"rate_limit": 10**6, **settings}
+    here = World(create_app(Settings(**settings)), work)
     before = asyncio.all_tasks()
     async with here.app.router.lifespan_context(here.app), here.http:
         await ticks()  # the workers have started, and wait
@@ -310,15 +347,6 @@ async def clock(job: Awaitable[Any]) -> tuple[float, Any]:
     start = main.now()
     result = await job
     return main.now() - start, result
-
-
-def use_work(monkeypatch: pytest.MonkeyPatch, job: Job) -> None:
-    """Let `job` be the work of every task."""
-
-    async def execute(_: TaskManager, _type: str, parameters: Json, report: main.Report) -> Any:
-        return await job(parameters, report)
-
-    monkeypatch.setattr(TaskManager, "_execute", execute)
 
 
 def problem_of(answer: httpx.Response) -> Json:
@@ -397,7 +425,7 @@ async def test_work_takes_its_time_and_gives_its_result(
     async with world() as here:
         task_id = await here.submit(**fields)
         await real_sleep(seconds - 0.001)
-        assert (await here.get(task_id))["status"] == "processing"
+        assert await here.status(task_id) == "processing"
         await real_sleep(0.001)
         await ticks()
         task = await here.get(task_id)
@@ -493,7 +521,7 @@ async def test_a_step_of_the_wall_clock_expires_nothing(monkeypatch: pytest.Monk
         assert date(task["finished_at"]) == later
         assert date(task["created_at"]) < later - timedelta(days=399)
         await real_sleep(590)
-        assert (await here.get(task_id))["status"] == "completed"
+        assert await here.status(task_id) == "completed"
 
 
 async def test_progress_rises_in_ten_steps() -> None:
@@ -508,19 +536,19 @@ async def test_progress_rises_in_ten_steps() -> None:
         assert seen == [*range(0, 100, 10), 100]
 
 
-async def test_reported_progress_never_falls_nor_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_reported_progress_never_falls_nor_lies() -> None:
     """What work reports is an integer below 100 at last, and a lower report is ignored."""
     async with world() as here:
 
         async def job(_: Json, report: main.Report) -> list[int]:
             seen = []
-            task = next(iter(here.manager._tasks.values()))
+            (task,) = here.manager._tasks.values()
             for percent in (-5, 40.7, 20, 250, float("inf")):
                 report(percent)
                 seen.append(task["progress"])
             return seen
 
-        use_work(monkeypatch, job)
+        here.use(job)
         task = await here.final(await here.submit())
         assert task["result"] == [0, 40, 40, 99, 99]
 
@@ -630,22 +658,6 @@ async def test_a_slow_reader_keeps_no_records() -> None:
     async with world(retention=10) as here:
         here.enqueue(3)
         assert all(isinstance(entry, str) for entry in here.manager.snapshot())
-
-
-async def test_the_stream_stops_at_its_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What comes after the limit is not even looked at."""
-    async with world() as here:
-        tasks = here.enqueue(5)
-        looked_at: list[str] = []
-        find = here.manager.find
-
-        def spy(task_id: str) -> Task | None:
-            looked_at.append(task_id)
-            return find(task_id)
-
-        monkeypatch.setattr(here.manager, "find", spy)
-        assert len(await here.tasks(limit=3)) == 3
-        assert looked_at == [task["task_id"] for task in tasks[:3]]
 
 
 async def test_health_counts_everything() -> None:
@@ -765,27 +777,14 @@ async def test_a_change_while_nobody_waits_is_not_lost() -> None:
         assert seen == ["queued", "processing", "completed"]
 
 
-@pytest.mark.parametrize("delay", range(6))
-async def test_a_change_at_any_tick_of_a_poll(delay: int) -> None:
-    """R1, R2: at whichever tick after the start of a poll the task changes, the poll sees it."""
-    async with world(workers=1) as here:
-        _, task = here.enqueue(2)
-        await ticks()
-        poll = asyncio.create_task(clock(here.manager.wait(task["task_id"], "queued")))
-        await ticks(delay)
-        here.manager.cancel(task["task_id"])
-        took, polled = await poll
-        assert (took, polled["status"]) == (0, "cancelled")
-
-
 async def test_any_number_may_poll_one_task() -> None:
     """R2: one change wakes all that wait for it, and the next one all that wait again."""
     async with world(workers=1) as here:
         _, task = here.enqueue(2)
         for status in ("processing", "completed"):
-            polls = [clock(here.manager.wait(task["task_id"])) for _ in range(200)]
-            answers = await asyncio.gather(*polls)
-            assert {(took, polled["status"]) for took, polled in answers} == {(5, status)}
+            polls = [here.poll(task) for _ in range(200)]
+            for took, polled in await asyncio.gather(*polls):
+                assert (took, polled["status"]) == (5, status)
 
 
 async def test_an_event_is_set_once_and_never_cleared() -> None:
@@ -794,7 +793,7 @@ async def test_an_event_is_set_once_and_never_cleared() -> None:
         _, task = here.enqueue(2)
         events = []
         for _ in range(2):
-            poll = asyncio.create_task(here.manager.wait(task["task_id"]))
+            poll = here.poll(task)
             await ticks()
             events.append(here.manager._changed[task["task_id"]])
             assert not events[-1].is_set()
@@ -807,15 +806,15 @@ async def test_a_poller_may_leave() -> None:
     """A cancelled poll is cancelled at once, leaves no waiter, and the others go on."""
     async with world(workers=1) as here:
         _, task = here.enqueue(2)
-        task_id = task["task_id"]
-        leaving, staying = [asyncio.create_task(here.manager.wait(task_id)) for _ in range(2)]
+        leaving, staying = here.poll(task), here.poll(task)
         await ticks()
         leaving.cancel()
         await ticks()
         assert leaving.cancelled()
         assert not staying.done()
-        assert len(here.manager._changed[task_id]._waiters) == 1
-        assert (await staying)["status"] == "processing"
+        assert len(here.manager._changed[task["task_id"]]._waiters) == 1
+        _, polled = await staying
+        assert polled["status"] == "processing"
 
 
 async def test_a_poller_outlives_the_record() -> None:
@@ -823,12 +822,13 @@ async def test_a_poller_outlives_the_record() -> None:
     async with world(retention=1) as here:
         (task,) = here.enqueue()
         await ticks()
-        poll = asyncio.create_task(here.manager.wait(task["task_id"]))
+        poll = here.poll(task)
         await ticks()
         here.manager.cancel(task["task_id"])
         asyncio.get_running_loop().moment += 2  # type: ignore[attr-defined]  # a busy loop
         here.manager.expire()
-        assert (await poll)["status"] == "cancelled"
+        _, polled = await poll
+        assert polled["status"] == "cancelled"
 
 
 async def test_polls_do_not_keep_what_has_ended() -> None:
@@ -906,19 +906,18 @@ async def test_the_cancel_table() -> None:
         assert (await here.cancel(NOBODY)).status_code == 404
 
 
-async def test_cancelled_twice_is_cancelled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelled_twice_is_cancelled_once() -> None:
     """A second DELETE changes nothing: it does not disturb the clean-up that the first began."""
     cleaned = []
 
-    async def job(_: Json, _report: main.Report) -> None:
+    async def job(*_: Any) -> None:
         try:
             await asyncio.sleep(9)
         finally:
             await asyncio.sleep(2)
             cleaned.append(main.now())
 
-    use_work(monkeypatch, job)
-    async with world() as here:
+    async with world(work=job) as here:
         task_id = await here.submit()
         await real_sleep(1)
         first = (await here.cancel(task_id)).json()
@@ -929,19 +928,19 @@ async def test_cancelled_twice_is_cancelled_once(monkeypatch: pytest.MonkeyPatch
         assert cleaned == [start + 2]
 
 
-async def complete(_: Json, _report: main.Report) -> str:
+async def complete(*_: Any) -> str:
     for _turn in range(4):
         await asyncio.sleep(0)
     return "done"
 
 
-async def fail(_: Json, _report: main.Report) -> None:
+async def fail(*_: Any) -> None:
     for _turn in range(4):
         await asyncio.sleep(0)
     raise TaskFailedError("failed")
 
 
-async def swallow(_: Json, _report: main.Report) -> str:
+async def swallow(*_: Any) -> str:
     for _turn in range(8):
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(0)
@@ -950,21 +949,19 @@ async def swallow(_: Json, _report: main.Report) -> str:
 
 async def race(job: Job, tick: int) -> None:
     """Cancel a task at one tick of its life, and compare all that is said of its end."""
-    with pytest.MonkeyPatch.context() as patch:
-        use_work(patch, job)
-        async with world(workers=1) as here:
-            task, after = here.enqueue(2)
-            poll = asyncio.create_task(clock(here.manager.wait(task["task_id"], "queued")))
-            await ticks(tick)
-            answer = await here.cancel(task["task_id"])
-            said = answer.json().get("task", answer.json())
-            took, _ = await poll
-            await real_sleep(1)
-            assert took == 0
-            assert await here.get(task["task_id"]) == said
-            assert answer.status_code == (200 if said["status"] == "cancelled" else 409)
-            assert said["result"] == ("done" if said["status"] == "completed" else None)
-            assert after["status"] in ("completed", "failed")
+    async with world(work=job, workers=1) as here:
+        task, after = here.enqueue(2)
+        poll = here.poll(task, "queued")
+        await ticks(tick)
+        answer = await here.cancel(task["task_id"])
+        said = answer.json().get("task", answer.json())
+        took, _ = await poll
+        await real_sleep(1)
+        assert took == 0
+        assert await here.get(task["task_id"]) == said
+        assert answer.status_code == (200 if said["status"] == "cancelled" else 409)
+        assert said["result"] == ("done" if said["status"] == "completed" else None)
+        assert after["status"] in ("completed", "failed")
 
 
 @pytest.mark.parametrize("tick", range(20))
@@ -981,14 +978,12 @@ async def test_cancelled_work_is_interrupted() -> None:
         await real_sleep(3.25)
         await here.cancel(task_id)
         await ticks()
-        assert (await here.get(after))["status"] == "processing"
+        assert await here.status(after) == "processing"
         assert (await here.get(task_id))["progress"] == 10
 
 
 @pytest.mark.parametrize("end", ["result", "exception"])
-async def test_what_cancelled_work_says_is_ignored(
-    end: str, monkeypatch: pytest.MonkeyPatch, expected_errors: list[str]
-) -> None:
+async def test_what_cancelled_work_says_is_ignored(end: str, expected_errors: list[str]) -> None:
     """R3: neither progress nor a result nor an exception of cancelled work is recorded."""
 
     async def job(_: Json, report: main.Report) -> str:
@@ -1000,10 +995,9 @@ async def test_what_cancelled_work_says_is_ignored(
                 raise ValueError("in the clean-up") from None
         return "late"
 
-    use_work(monkeypatch, job)
     if end == "exception":
         expected_errors.append("ValueError: in the clean-up")
-    async with world() as here:
+    async with world(work=job) as here:
         task_id = await here.submit()
         await real_sleep(1)
         said = (await here.cancel(task_id)).json()
@@ -1031,7 +1025,7 @@ async def test_a_full_queue_leaves_no_trace() -> None:
         assert (await here.cancel(first)).status_code == 200
         third = await here.submit()
         await real_sleep(15.5)
-        statuses = [(await here.get(task_id))["status"] for task_id in (first, second, third)]
+        statuses = [await here.status(task_id) for task_id in (first, second, third)]
         assert statuses == ["cancelled", "completed", "completed"]
 
 
@@ -1067,29 +1061,13 @@ async def test_a_storm_of_submit_and_cancel_leaves_the_queue_empty() -> None:
         assert running["status"] == "completed"
 
 
-def record_starts(monkeypatch: pytest.MonkeyPatch, here: World) -> dict[str, float]:
-    """Return a dict that will have the virtual time at which each task starts, from now on."""
-    started: dict[str, float] = {}
-    zero = main.now()
-    run_task = here.manager._run_task
-
-    async def spy(task: Task) -> None:
-        started[task["task_id"]] = main.now() - zero
-        await run_task(task)
-
-    monkeypatch.setattr(here.manager, "_run_task", spy)
-    return started
-
-
 @pytest.mark.parametrize("victim", range(6))
-async def test_removal_keeps_the_order_of_the_rest(
-    victim: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_removal_keeps_the_order_of_the_rest(victim: int) -> None:
     """R4: whichever queued task is cancelled, the others start in the order that they had."""
     async with world(workers=1) as here:
         await here.submit()
         await ticks()
-        started = record_starts(monkeypatch, here)
+        started = here.record_starts()
         priorities = ("high", "high", "normal", "normal", "high", "high")
         ids = [await here.submit(priority=priority) for priority in priorities]
         await here.cancel(ids[victim])
@@ -1118,32 +1096,32 @@ async def test_a_task_is_queued_until_it_is_processing() -> None:
         assert here.manager.health()["workers"]["busy"] == 2
 
 
-async def test_five_at_once_and_never_six(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_five_at_once_and_never_six() -> None:
     """Five tasks run at a time, a sixth starts when the first ends, in order of submission."""
     async with world() as here:
-        started = record_starts(monkeypatch, here)
+        started = here.record_starts()
         tasks = here.enqueue(12)
         await real_sleep(30)
         assert list(started) == [task["task_id"] for task in tasks]
         assert list(started.values()) == [0] * 5 + [5] * 5 + [10] * 2
 
 
-async def test_a_free_worker_does_not_wait_for_a_slow_task(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_free_worker_does_not_wait_for_a_slow_task() -> None:
     """Beside one slow task the other worker goes on, task after task."""
     async with world(workers=2) as here:
-        started = record_starts(monkeypatch, here)
+        started = here.record_starts()
         await here.submit("generate_report", **SLOW)
         here.enqueue(5)
         await real_sleep(40)
         assert list(started.values()) == [0, 0, 5, 10, 15, 20]
 
 
-async def test_priority_then_first_come_first_served(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_priority_then_first_come_first_served() -> None:
     """The higher priority starts first, and within one the older task."""
     async with world(workers=1) as here:
         await here.submit()
         await ticks()
-        started = record_starts(monkeypatch, here)
+        started = here.record_starts()
         ids: dict[str, list[str]] = {"low": [], "normal": [], "high": []}
         for priority in [*ids, *ids]:
             ids[priority].append(await here.submit(priority=priority))
@@ -1155,14 +1133,12 @@ async def test_priority_then_first_come_first_served(monkeypatch: pytest.MonkeyP
     ("later", "order"),
     [(59.5, ["high", "low"]), (60, ["low", "high"]), (60.5, ["low", "high"])],
 )
-async def test_nothing_starves(
-    later: float, order: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_nothing_starves(later: float, order: list[str]) -> None:
     """A level is worth `priority_step` seconds: low goes before a high that is two steps younger."""
     async with world(workers=1, task_timeout=1000, time_scale=20, priority_step=30) as here:
         await here.submit()
         await ticks()
-        started = record_starts(monkeypatch, here)
+        started = here.record_starts()
         names = {await here.submit(priority="low"): "low"}
         await real_sleep(later)
         names[await here.submit(priority="high")] = "high"
@@ -1170,12 +1146,10 @@ async def test_nothing_starves(
         assert [names[task_id] for task_id in started] == order
 
 
-async def test_without_a_priority_step_the_queue_is_a_queue(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_without_a_priority_step_the_queue_is_a_queue() -> None:
     """With `priority_step` 0, who came first starts first."""
     async with world(workers=1, priority_step=0) as here:
-        started = record_starts(monkeypatch, here)
+        started = here.record_starts()
         ids = [await here.submit(priority=priority) for priority in ("low", "normal", "high")]
         await real_sleep(16)
         assert list(started) == ids
@@ -1215,7 +1189,7 @@ class Returns:
         return self.value
 
 
-async def await_something_cancelled(_: Json, _report: main.Report) -> None:
+async def await_something_cancelled(*_: Any) -> None:
     """Work of which a part is cancelled, by whomever."""
     part = asyncio.create_task(real_sleep(100))
     asyncio.get_running_loop().call_soon(part.cancel)
@@ -1235,32 +1209,26 @@ UNEXPECTED: dict[str, Job] = {
 
 
 @pytest.mark.parametrize("name", UNEXPECTED)
-async def test_a_crash_is_a_failure(
-    name: str,
-    monkeypatch: pytest.MonkeyPatch,
-    expected_errors: list[str],
-) -> None:
+async def test_a_crash_is_a_failure(name: str, expected_errors: list[str]) -> None:
     """R5: work that crashes has failed, with a traceback in the log; its worker goes on."""
-    async with world(workers=1) as here:
-        with monkeypatch.context() as patch:
-            use_work(patch, UNEXPECTED[name])
-            task_id = await here.submit()
-            expected_errors.append(f"task {task_id}: unexpected end\n| Traceback")
-            task = await here.final(task_id)
+    async with world(work=UNEXPECTED[name], workers=1) as here:
+        task_id = await here.submit()
+        expected_errors.append(f"task {task_id}: unexpected end\n| Traceback")
+        task = await here.final(task_id)
         assert task["status"] == "failed"
         message = "The task failed unexpectedly."
         assert task["error"] == {"code": "internal_error", "message": message}
         assert "secret" not in (await here.http.get("/tasks")).text
+        here.use(complete)
         assert (await here.final(await here.submit()))["status"] == "completed"
 
 
 async def test_a_traceback_cannot_forge_a_line_of_the_log(
-    monkeypatch: pytest.MonkeyPatch, expected_errors: list[str], caplog: pytest.LogCaptureFixture
+    expected_errors: list[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each line of a traceback has a bar before it, also those of the exception's own text."""
-    use_work(monkeypatch, Raises(ValueError("x\nINFO: forged\rINFO: forged")))
     expected_errors.append("ValueError: x")
-    async with world() as here:
+    async with world(work=Raises(ValueError("x\nINFO: forged\rINFO: forged"))) as here:
         await here.final(await here.submit())
     lines = [line for line in caplog.text.splitlines() if "forged" in line]
     assert len(lines) == 2
@@ -1296,16 +1264,12 @@ TIMED_OUT: list[BaseException] = [TimeoutError("of 10.1.2.3"), asyncio.TimeoutEr
     ids=["plain", "one", "nested", "two", "mixed", "bug", "timeout", "asyncio", "in group"],
 )
 async def test_a_failure_is_told_by_what_it_is(
-    exception: BaseException,
-    code: str,
-    monkeypatch: pytest.MonkeyPatch,
-    expected_errors: list[str],
+    exception: BaseException, code: str, expected_errors: list[str]
 ) -> None:
     """A TaskFailedError is one also in a task group; the words of others stay in the log."""
-    use_work(monkeypatch, Raises(exception))
     if code == "internal_error":
         expected_errors.append("unexpected end")
-    async with world() as here:
+    async with world(work=Raises(exception)) as here:
         task = await here.final(await here.submit())
         assert task["error"]["code"] == code
         assert ("no disk" in task["error"]["message"]) == (code == "task_failed")
@@ -1340,14 +1304,11 @@ async def test_work_that_is_cancelled_before_its_first_step(
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="there is no eager task factory")
 @pytest.mark.parametrize("job", [Returns(7), Raises(FAILED)], ids=["returns", "raises"])
-async def test_work_without_an_await_under_eager_tasks(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_work_without_an_await_under_eager_tasks(job: Job) -> None:
     """Work that has ended when `create_task` returns has its end recorded like any other."""
-    use_work(monkeypatch, job)
     eager_task_factory = getattr(asyncio, "eager_task_factory")  # noqa: B009 - not for mypy on 3.10
     asyncio.get_running_loop().set_task_factory(eager_task_factory)
-    async with world(workers=2) as here:
+    async with world(work=job, workers=2) as here:
         for task in here.enqueue(5):
             await here.manager.wait(task["task_id"], "queued")
             assert task["status"] in ("completed", "failed")
@@ -1365,7 +1326,7 @@ async def test_a_task_has_its_time_and_no_more(timeout: float, status: str) -> N
         await real_sleep(min(timeout, 5) + 0.01)
         task = await here.get(task_id)
         assert task["status"] == status
-        assert (await here.get(after))["status"] == "processing"
+        assert await here.status(after) == "processing"
         if status == "failed":
             message = "The task took too long."
             assert task["error"] == {"code": "timeout", "message": message}
@@ -1383,20 +1344,17 @@ async def test_an_unknown_type_fails(expected_errors: list[str]) -> None:
 
 
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
-async def test_work_that_ignores_its_cancellation(
-    end: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_work_that_ignores_its_cancellation(end: str) -> None:
     """R5: it keeps its worker no longer than its time-out and grace; its record is final at once."""
 
-    async def job(_: Json, _report: main.Report) -> str:
+    async def job(*_: Any) -> str:
         until = main.now() + 100
         while main.now() < until:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.sleep(until - main.now())
         return "late"
 
-    use_work(monkeypatch, job)
-    async with world(workers=1, task_timeout=10) as here:
+    async with world(work=job, workers=1, task_timeout=10) as here:
         task, after = here.enqueue(2)
         await real_sleep(2)
         if end == "cancelled":
@@ -1411,20 +1369,17 @@ async def test_work_that_ignores_its_cancellation(
         assert (await here.health())["workers"] == {"busy": 0, "total": 1}
 
 
-async def test_a_worker_waits_while_cancelled_work_cleans_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_a_worker_waits_while_cancelled_work_cleans_up() -> None:
     """Never six: the place of a task that timed out is free only when its clean-up has ended."""
 
-    async def job(_: Json, _report: main.Report) -> None:
+    async def job(*_: Any) -> None:
         try:
             await asyncio.sleep(100)
         finally:
             await asyncio.sleep(3)
 
-    use_work(monkeypatch, job)
-    async with world(workers=1, task_timeout=10) as here:
-        started = record_starts(monkeypatch, here)
+    async with world(work=job, workers=1, task_timeout=10) as here:
+        started = here.record_starts()
         here.enqueue(2)
         await real_sleep(12)
         assert (await here.health())["workers"]["busy"] == 1
@@ -1505,12 +1460,11 @@ UNSENDABLE: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", UNSENDABLE)
 async def test_a_result_that_cannot_be_sent_fails_its_task(
-    name: str, monkeypatch: pytest.MonkeyPatch, expected_errors: list[str]
+    name: str, expected_errors: list[str]
 ) -> None:
     """R6: the task has failed, and it, its cancellation and the list can be sent."""
-    use_work(monkeypatch, Returns(UNSENDABLE[name]))
     expected_errors.append("unexpected end")
-    async with world() as here:
+    async with world(work=Returns(UNSENDABLE[name])) as here:
         task_id = await here.submit()
         task = await here.final(task_id)
         assert task["error"]["code"] == "internal_error"
@@ -1553,17 +1507,16 @@ SENDABLE: dict[str, tuple[Any, Any]] = {
 
 
 @pytest.mark.parametrize("name", SENDABLE)
-async def test_a_result_is_sent_as_json(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_result_is_sent_as_json(name: str) -> None:
     """R6: a result has been through JSON once; what JSON has a form for arrives in it."""
     value, sent = SENDABLE[name]
-    use_work(monkeypatch, Returns(value))
-    async with world() as here:
+    async with world(work=Returns(value)) as here:
         task = await here.final(await here.submit())
         assert task["result"] == sent
         assert await here.tasks() == [task]
 
 
-async def test_what_work_still_holds_changes_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_what_work_still_holds_changes_no_record() -> None:
     """R6: neither the parameters that work was given, nor the result that it gave, are the record's."""
     kept: list[Any] = []
 
@@ -1572,8 +1525,7 @@ async def test_what_work_still_holds_changes_no_record(monkeypatch: pytest.Monke
         parameters["more"] = object()
         return kept
 
-    use_work(monkeypatch, job)
-    async with world() as here:
+    async with world(work=job) as here:
         given: Json = {"numbers": [1]}
         task = here.manager.submit("compute_sum", given)
         given["numbers"].append(object())
@@ -1584,10 +1536,9 @@ async def test_what_work_still_holds_changes_no_record(monkeypatch: pytest.Monke
         assert len(await here.tasks()) == 1
 
 
-async def test_a_message_is_made_fit_for_json(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_message_is_made_fit_for_json() -> None:
     """R6: half a surrogate pair in a message of work's breaks neither the task nor the list."""
-    use_work(monkeypatch, Raises(TaskFailedError("file \udcff")))
-    async with world() as here:
+    async with world(work=Raises(TaskFailedError("file \udcff"))) as here:
         task = await here.final(await here.submit())
         assert task["error"] == {"code": "task_failed", "message": "file ?"}
         assert await here.tasks() == [task]
@@ -1608,7 +1559,7 @@ async def test_a_final_task_goes_at_its_instant(end: str) -> None:
             await real_sleep(3)
             await ticks()
         await real_sleep(599.875)
-        assert (await here.get(task_id))["status"] == end
+        assert await here.status(task_id) == end
         await real_sleep(0.125)
         answer = await here.http.get(f"/tasks/{task_id}")
         assert answer.status_code == 404
@@ -1929,13 +1880,6 @@ async def test_the_limiter_keeps_only_what_it_needs() -> None:
     assert await limiter.quota("once 1") == (3, 0)
 
 
-async def test_the_limiter_works_for_many_at_once() -> None:
-    """Of many requests at the same moment exactly `limit` pass."""
-    async with world(rate_limit=10) as here:
-        answers = await asyncio.gather(*(here.http.get("/tasks") for _ in range(50)))
-        assert Counter(answer.status_code for answer in answers) == {200: 10, 429: 40}
-
-
 # --- Bad input: refused at the door, in one shape, and told where ---------------------------------
 
 
@@ -1966,20 +1910,15 @@ BAD_BODIES: dict[str, tuple[bytes, str, str]] = {
     "null": (b"null", "#", OBJECT),
     "latin-1": (b'{"task_type": "\xe9"}', "#", "Malformed JSON"),
     "UTF-16": (of_sum("[1]").decode().encode("utf-16"), "#", "Malformed JSON"),
-    "UTF-16-LE": (of_sum("[1]").decode().encode("utf-16-le"), "#", "Malformed JSON"),
-    "UTF-32": (of_sum("[1]").decode().encode("utf-32"), "#", "Malformed JSON"),
     "deep": (b"[" * 60_000, "#", "Malformed JSON: recursion limit"),
     "deep type": (b'{"task_type": %b' % (b"[" * 60_000), "#", "Malformed JSON: recursion limit"),
-    "deep objects": (b'{"a":' * 10_000, "#", "Malformed JSON: recursion limit"),
     "deep numbers": (of_sum("[" * 60_000), "#", "Malformed JSON: recursion limit"),
     "digits": (of_sum(f"[{'9' * 5000}]"), "#", "Malformed JSON: number out of range"),
     "NaN": (of_sum("[NaN]"), FIRST, NUMBER),
-    "Infinity": (of_sum("[0, Infinity]"), "#/parameters/numbers/1", NUMBER),
     "-Infinity": (of_sum("[-Infinity]"), FIRST, NUMBER),
     "1e400": (of_sum("[1e400]"), FIRST, NUMBER),
     "4000 digits": (of_sum(f"[{'9' * 4000}]"), FIRST, NUMBER),
     "too large": (of_sum("[1.1e300]"), FIRST, NUMBER),
-    "too small": (of_sum("[-1.1e300]"), FIRST, NUMBER),
     "true": (of_sum("[true]"), FIRST, NUMBER),
     "string": (of_sum('["5"]'), FIRST, NUMBER),
     "no numbers": (of_sum("[]"), "#/parameters/numbers", "at least 1 item"),
@@ -1991,22 +1930,13 @@ BAD_BODIES: dict[str, tuple[bytes, str, str]] = {
     "surrogate key": (of_sum('[1], "\\ud800": 1'), "#", "Malformed JSON"),
     "typo": (of_failure(b'"prority": 1'), "#/prority", EXTRA),
     "inner typo": (of_failure(b'"parameters": {"m": 1}'), "#/parameters/m", EXTRA),
-    "report typo": (of_report('"x": 1'), "#/parameters/x", EXTRA),
     "long key": (of_failure(b'"%b": 1' % (b"k" * 9000)), "#/" + "k" * 50, EXTRA),
     "priority": (of_failure(b'"priority": "urgent"'), "#/priority", "'low'"),
-    "no message": (
-        of_failure(b'"parameters": {"message": ""}'),
-        "#/parameters/message",
-        "at least",
-    ),
     "no type": (b'{"parameters": {}}', "#/task_type", TYPE),
     "long type": (b'{"task_type": "%b"}' % (b"x" * 9000), "#/task_type", TYPE),
-    "surrogate": (b'{"task_type": "\\ud800"}', "#", "Malformed JSON"),
-    "type 5": (b'{"task_type": 5}', "#/task_type", TYPE),
     "long title": (of_report(f'"title": "{"t" * 201}"'), "#/parameters/title", "at most 200"),
     "title 5": (of_report('"title": 5'), "#/parameters/title", "valid string"),
     "sections true": (of_report('"sections": true'), "#/parameters/sections", "valid integer"),
-    "sections 3.5": (of_report('"sections": 3.5'), "#/parameters/sections", "valid integer"),
     "sections '3'": (of_report('"sections": "3"'), "#/parameters/sections", "valid integer"),
     "sections 0": (of_report('"sections": 0'), "#/parameters/sections", "greater than"),
     "sections 7": (of_report('"sections": 7.0'), "#/parameters/sections", "less than"),
@@ -2446,12 +2376,12 @@ async def test_stop_with_work_in_hand() -> None:
     async with world() as here:
         tasks = here.enqueue(20)
         await ticks()
-        polls = [asyncio.create_task(here.manager.wait(task["task_id"])) for task in tasks]
+        polls = [here.poll(task) for task in tasks]
         await ticks()
         assert here.manager._queue.qsize() == 15
         start = main.now()
     assert main.now() == start
-    assert {task["status"] for task in await asyncio.gather(*polls)} == {"cancelled"}
+    assert {task["status"] for _, task in await asyncio.gather(*polls)} == {"cancelled"}
 
 
 async def test_polls_are_answered_when_the_server_is_told_to_stop() -> None:
@@ -2459,7 +2389,7 @@ async def test_polls_are_answered_when_the_server_is_told_to_stop() -> None:
     async with world(workers=1) as here:
         running, queued = here.enqueue(2)
         await ticks()
-        poll = asyncio.create_task(clock(here.manager.wait(queued["task_id"])))
+        poll = here.poll(queued)
         await real_sleep(1)
         here.manager.stop_waiting()
         assert await poll == (1, queued)
@@ -2479,7 +2409,7 @@ async def test_a_signal_wakes_the_polls_and_goes_on_to_the_server(signum: int) -
     try:
         async with world(workers=1) as here:
             _, queued = here.enqueue(2)
-            poll = asyncio.create_task(clock(here.manager.wait(queued["task_id"])))
+            poll = here.poll(queued)
             await ticks()
             signal.raise_signal(signum)
             took, task = await poll
@@ -2568,15 +2498,14 @@ async def test_a_stop_that_is_cut_short_leaves_no_entry(
 ) -> None:
     """R4: a batch that has died and is stopped while it still waits leaves nothing in the queue."""
 
-    async def job(_: Json, _report: main.Report) -> None:
+    async def job(*_: Any) -> None:
         try:
             await asyncio.sleep(100)
         finally:
             await asyncio.sleep(2)
 
-    use_work(monkeypatch, job)
     expected_errors.append("a worker died")
-    async with world(workers=2) as here:
+    async with world(work=job, workers=2) as here:
         here.enqueue()
         await ticks()
         await kill_by_exception(here, monkeypatch)
@@ -2587,9 +2516,7 @@ async def test_a_stop_that_is_cut_short_leaves_no_entry(
     assert {task["status"] for task in tasks} == {"cancelled"}
 
 
-async def test_stopping_waits_for_clean_up_but_not_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+async def test_stopping_waits_for_clean_up_but_not_for_ever() -> None:
     """Stopping awaits the clean-up of cancelled work, for `CANCEL_GRACE` seconds."""
     cleaned = []
 
@@ -2600,8 +2527,7 @@ async def test_stopping_waits_for_clean_up_but_not_for_ever(
             await asyncio.sleep(parameters["seconds"])
             cleaned.append(parameters["seconds"])
 
-    use_work(monkeypatch, job)
-    here = World(create_app(Settings()))
+    here = World(create_app(Settings()), work=job)
     async with here.app.router.lifespan_context(here.app):
         for seconds in (2, 50):
             here.manager.submit("compute_sum", {"seconds": seconds})
@@ -2812,7 +2738,7 @@ async def test_a_sum_from_its_submission_to_its_result() -> None:
         assert task["result"] == 6
 
 
-async def test_work_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_work_in_a_thread() -> None:
     """Work that blocks in a thread holds up nobody, and the virtual clock waits for it."""
 
     async def job(_: Json, report: main.Report) -> str:
@@ -2820,8 +2746,7 @@ async def test_work_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
         await asyncio.to_thread(time.sleep, 0.01)
         return "done"
 
-    use_work(monkeypatch, job)
-    async with world() as here:
+    async with world(work=job) as here:
         ids = [await here.submit() for _ in range(5)]
         for task_id in ids:
             took, task = await clock(here.final(task_id))
@@ -2964,18 +2889,6 @@ def test_a_body_does_not_break_a_list(server: Server, body: bytes) -> None:
     assert answer.endswith(b"\r\n0\r\n\r\n")
 
 
-@pytest.mark.parametrize("path", ["/health", "/tasks", "/docs", "/nowhere"])
-def test_head_on_the_wire(server: Server, path: str) -> None:
-    """HEAD has no body, and the connection can be used on."""
-    link = http.client.HTTPConnection("127.0.0.1", server.port, timeout=10)
-    with contextlib.closing(link):
-        for method in ("HEAD", "GET"):
-            link.request(method, path)
-            answer = link.getresponse()
-            assert answer.status == (404 if path == "/nowhere" else 200)
-            assert bool(answer.read()) == (method == "GET")
-
-
 def test_a_client_may_leave(server: Server) -> None:
     """A client that leaves a long poll, a list or its own body breaks nothing."""
     task_id = server.submit("generate_report", **SLOW)
@@ -3008,15 +2921,6 @@ def test_a_chunked_body_has_its_limit_on_the_wire(server: Server) -> None:
         answer = link.recv(65536)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b"application/problem+json" in answer
-
-
-def test_the_peer_is_uvicorns_to_say(server: Server) -> None:
-    """uvicorn believes the X-Forwarded-For of a proxy on loopback; garbage shares one bucket."""
-    left = []
-    for address in ("192.0.2.1", "192.0.2.1", "192.0.2.2", "garbage", "more of it"):
-        fields = server.ask("GET", f"/tasks/{NOBODY}", **{"X-Forwarded-For": address})[1]
-        left.append(fields["ratelimit"].split(";")[1])
-    assert left == ["r=2999", "r=2998", "r=2999", "r=2999", "r=2998"]
 
 
 @needs_signals
