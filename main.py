@@ -22,21 +22,20 @@ A status only ever moves along these arrows. The three on the right are final.
 Three facts of asyncio
 ----------------------
 
-Everything below rests on them.
+Everything below rests on them. An *asyncio task* is what `asyncio.create_task` makes: a coroutine
+that runs beside the others. A plain *task* in this file is always a record: what a client submits.
 
-1.  One thread runs all coroutines, and it changes from one to another only where one of them really
-    waits, which can happen at an `await` and nowhere else. The code between two waits is called a
-    *stretch* here. A stretch is atomic: nobody else runs in the middle of it. An `await` of a
-    coroutine that does not wait itself ends no stretch: the callee runs as if it stood in line.
-2.  `task.cancel()` does not stop anything. It makes `asyncio.CancelledError` rise at the await
-    where the asyncio task waits, the next time that this gets its turn. The code there may clean
-    up, may take its time, may even ignore it. And if the asyncio task has not taken its first step
-    yet, not a line of it ever runs: no `except`, no `finally`.
+1.  One thread, the *event loop*, runs all coroutines. It changes from one to another only where one
+    of them really waits, which can happen at an `await`, at an `async with` or `async for`, which
+    await for you, and at the `yield` of an async generator. The code between two waits is called a
+    *stretch* here. A stretch is atomic: nobody else runs in the middle of it. To `await` a coroutine
+    that does not wait itself ends no stretch: its code runs as if it were written here.
+2.  `asyncio_task.cancel()` does not stop anything by itself. When that asyncio task next gets its
+    turn, `asyncio.CancelledError` is raised in it, at the await where it waits. The code there may
+    clean up, may take its time, may even ignore it. And if the asyncio task has not taken its first
+    step yet, not a line of it ever runs: no `except`, no `finally`.
 3.  An `asyncio.Event` is a flag with a waiting room. `set()` lets all who wait go on, each when the
     loop comes to it, and whoever comes later does not wait at all. `clear()` closes the room again.
-
-An *asyncio task* is what `asyncio.create_task` makes: a coroutine that runs beside the others. A
-plain *task* in this file is always a record: what a client has submitted.
 
 
 Six rules
@@ -46,20 +45,20 @@ They make the program correct. The code cites them where it relies on them.
 
 R1  A stretch is atomic, so whatever must be seen whole happens in one stretch. Every change of a
     record is such a stretch, and needs no lock.
-R2  One method, `_change_status`, changes a status, and it wakes those who wait for the change: it
-    takes the task's Event out of the dict and sets that one; whoever comes later makes a new one. A
-    waiter takes the Event in the stretch in which it reads the status. Nobody clears an Event.
-    (Stopping the server wakes all waiters in the same way, and changes no status.)
-R3  A final status is final. Whoever stops a task first marks its record and then cancels the
-    asyncio task that works on it; whatever that one still says is ignored.
+R2  One method, `_change_status`, changes a status, and it wakes those who wait for the change.
+    Whoever waits puts an Event for the task into a dict, in the stretch in which it reads the
+    status. `_change_status` takes that Event out of the dict and sets it; the next waiter makes a
+    new one. Nobody clears an Event. (The stop wakes all waiters so, and changes no status.)
+R3  A final status is final. To stop a task, mark its record, then cancel the asyncio task that
+    works on it. Whatever that one reports afterwards is ignored.
 R4  A task leaves the queue exactly once: to a worker or by cancellation. A cancelled task leaves
     nothing behind in the queue and occupies no place there.
 R5  A worker survives its task. The work runs in an asyncio task of its own, and the worker waits
-    for it with `asyncio.wait`. That returns when the work was cancelled, and raises CancelledError
-    only when the worker itself is cancelled.
-R6  What is stored can be sent. Parameters and results are stored as copies that have been through
-    JSON once. What cannot go through is refused at the door, and what a client's or a task's code
-    still holds cannot change a record.
+    for it with `asyncio.wait`. That returns when the work has ended in any way, by cancellation
+    too, and raises CancelledError only when the worker itself is cancelled.
+R6  What is stored can be sent. Parameters and results are stored as copies, encoded to JSON and
+    decoded again. What cannot be encoded is refused at the door, and no object that a client's or a
+    task's code still holds is part of a record.
 
 
 What this file does not do
@@ -67,8 +66,8 @@ What this file does not do
 
 It keeps nothing over a restart, it runs as one process only (`--workers 2` would be two managers,
 each with half of the tasks), it knows no users, so anybody may see and cancel everything, and it
-cannot stop work that blocks the event loop or ignores its cancellation. README.md says which
-engines do that, and what they would replace.
+cannot stop work that blocks the event loop or ignores its cancellation. README.md names systems
+without these limits, and which parts of this file they replace.
 
 
 Map
@@ -184,7 +183,7 @@ class TaskError(TypedDict):
 
 @documented
 class Task(TypedDict):
-    """A task: the same twelve fields in every state, with null for what there is not, or not yet."""
+    """A task: the same twelve fields in every state, and null where there is no value, or none yet."""
 
     task_id: TaskId
     """A random UUID (version 4), made by the server."""
@@ -234,15 +233,15 @@ class Health(TypedDict):
     """How many tasks there are in each status."""
 
     queue: dict[Literal["size", "capacity"], int]
-    """How many tasks wait for a worker, and how many may; beyond, a submission gets 503."""
+    """How many tasks wait for a worker, and how many may; beyond that, a submission gets 503."""
 
     workers: dict[Literal["busy", "total"], int]
     """How many workers have a task in hand, and how many there are."""
 
 
 # Two clocks, each read through one name, so that a test can own both. The loop's clock never jumps:
-# every deadline is measured on it. The wall clock may be set, and stands still for nobody: it is
-# read anew for every date that is written.
+# every deadline is measured on it. The wall clock may be changed at any time, so it is only used for
+# the dates that are shown, and is read anew for each.
 
 
 def now() -> float:
@@ -271,8 +270,10 @@ def json_copy(value: Any, *, allow_nan: bool = False) -> Any:
     """Return a copy of `value` that has been through JSON (R6).
 
     Raise TypeError, ValueError or RecursionError for what cannot be sent: an object that JSON has
-    no form for, bytes, half a surrogate pair, a value inside itself, more than 200 levels. With
-    `allow_nan`, NaN and infinity pass. JSON has neither, so they are sent as null.
+    no form for, bytes, half a surrogate pair (a piece of a character, which UTF-8 cannot encode), a
+    value inside itself, more than 200 levels (pydantic's bound). NaN and infinity, which JSON lacks,
+    are refused too; with `allow_nan` they pass, and are sent as null: a result with a hole in it is
+    better than none.
     """
     text = json.dumps(value, default=json_form, ensure_ascii=False)
     return from_json(text.encode(), allow_inf_nan=allow_nan)
@@ -287,12 +288,12 @@ def printable(text: str) -> str:
 # Errors
 #
 # The manager refuses with a ManagerError and knows no HTTP; `handle_error`, far below, gives each
-# its status. TaskFailedError stands apart: it ends in a record, and never in an HTTP status.
+# its HTTP status. TaskFailedError stands apart: it ends in a record, and never in an HTTP status.
 # ==================================================================================================
 
 
 class ManagerError(Exception):
-    """What the manager refuses. The base of the four below."""
+    """What the manager refuses. The base of the next four."""
 
 
 class InvalidParametersError(ManagerError):
@@ -330,9 +331,11 @@ def classify_failure(exc: BaseException) -> TaskError:
     match exc:
         case TaskFailedError():
             return {"code": "task_failed", "message": printable(str(exc))}
-        case TimeoutError() | asyncio.TimeoutError():  # two classes before Python 3.11
+        # Ours, or one of a library that the work has used. Two classes before Python 3.11.
+        case TimeoutError() | asyncio.TimeoutError():
             return {"code": "timeout", "message": "The task took too long."}
-        # What an asyncio.TaskGroup raises. Python 3.10 has no name for it, and so mypy no attribute.
+        # An ExceptionGroup of one, as asyncio.TaskGroup raises it. Matched by its attribute, which
+        # mypy does not know (hence the ignore): Python 3.10 has no such class.
         case BaseException(exceptions=[only_one]):  # type: ignore[misc]
             return classify_failure(only_one)
         case _:
@@ -340,12 +343,12 @@ def classify_failure(exc: BaseException) -> TaskError:
 
 
 def traceback_text(exc: BaseException) -> str:
-    """Return a traceback for the log, in which no line can pass for a line of the log.
+    """Return a traceback for the log, with a bar in front of each line.
 
-    An exception's text may hold what a client has sent, line breaks included:
+    An exception's text may hold what a client has sent, line breaks included. Without the bar:
 
         ValueError: no such file: x
-        INFO:     task 4711 completed        <-- forged, without the bar in front of each line
+        INFO:     task 4711 completed                                  <-- forged by a client
     """
     return textwrap.indent("".join(traceback.format_exception(exc)), "| ")
 
@@ -358,7 +361,7 @@ def traceback_text(exc: BaseException) -> str:
 # timers in a heap, and a timer at `nan` corrupts the order of a heap. To add a setting, add a line.
 # ==================================================================================================
 
-MOST = 1_000_000_000
+MOST = 1_000_000_000  # no setting is larger: 30 years of seconds are enough
 
 Count: TypeAlias = Annotated[int, Field(ge=1, le=MOST)]
 Seconds: TypeAlias = Annotated[float, Field(gt=0, le=MOST)]
@@ -390,7 +393,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """For how many seconds after its end a task can still be asked for."""
 
     cleanup_interval: Annotated[Seconds, Field(ge=0.1)] = 30
-    """Seconds between two rounds of the clean-up."""
+    """Seconds between two rounds of the clean-up; much less would only keep the processor busy."""
 
     task_timeout: Seconds = 60
     """How many seconds the work of a task may take, its time in the queue not included."""
@@ -432,7 +435,8 @@ class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 #
 # A sliding window: at most `limit` requests in any `window` seconds. For each key (a client's
 # address) a deque holds the times of the requests that were let through, oldest first: the new ones
-# are appended on the right, the old ones leave on the left. What a fixed window, a counter that is
+# are appended on the right, the old ones leave on the left (a list would move all the others when
+# its first one leaves). What a fixed window, a counter that is
 # reset every minute, would do:
 #
 #   11:59:59  client: ten requests, counted in the first minute
@@ -453,10 +457,13 @@ class RateLimiter:
         self.window = window
         # key -> the times of its counted requests, at most `limit`, oldest first.
         self._hits: dict[str, deque[float]] = {}
-        # This is no lock against threads. It keeps coroutines out of each other's way where a
-        # stretch is not enough. Today it is (R1): nothing below waits while it holds the lock. The
-        # lock is for the day when the times move to a store that is awaited: then one request may
-        # count between another's look and its append, and eleven get in.
+        # A lock between coroutines, not threads. Nothing below waits while it holds the lock, so each
+        # method is one stretch (R1), and would be right without. It is for the day when the times
+        # are in a store that is awaited. Then, without the lock:
+        #
+        #   request 1: sees nine hits, awaits the store
+        #   request 2: sees nine hits, awaits the store
+        #   both:      append theirs                                  <-- eleven in a minute
         self._lock = asyncio.Lock()
 
     async def hit(self, key: str) -> bool:
@@ -476,13 +483,13 @@ class RateLimiter:
             self._drop_old(hits)
             if not hits:
                 return self.limit, 0
-            # Rounded up, or the client would come too early. The sum may round to a hair more than
-            # the window, and then up to a whole second more: hence `min`.
+            # Rounded up, or the client would come too early. Where floats make this a hair more
+            # than the window, `ceil` makes it a whole second more: hence `min`.
             reset = math.ceil(hits[0] + self.window - now())
             return self.limit - len(hits), min(reset, self.window)
 
     async def sweep(self) -> None:
-        """Forget the keys that have gone quiet: an empty deque costs most of a kilobyte."""
+        """Forget the keys that have gone quiet: an empty deque costs nearly a kilobyte."""
         async with self._lock:
             for key, hits in list(self._hits.items()):
                 self._drop_old(hits)
@@ -491,8 +498,8 @@ class RateLimiter:
 
     def _drop_old(self, hits: deque[float]) -> None:
         """Remove the times that have left the window."""
-        # The same expression as for `reset`. `hits[0] <= now() - window` means the same, but floats
-        # may round it the other way, and refuse a client that has waited exactly `reset` seconds.
+        # `hits[0] + window`, as in `quota`. `hits[0] <= now() - window` means the same, but floats may
+        # round it the other way, and refuse a client that has waited as long as it was told.
         while hits and hits[0] + self.window <= now():
             hits.popleft()
 
@@ -508,16 +515,18 @@ class RateLimiter:
 #   high, submitted at 59: due at 59, so it is first
 #   high, submitted at 61: due at 61, so it is second: the low one has waited long enough
 #
-# asyncio.PriorityQueue keeps the order (a heap), the bound, and the workers that wait. It lacks a
-# way to take out an entry in the middle, and a cancelled task must not stay (R4). Without R4:
+# So nothing that comes more than 60 s after a task can overtake it.
+#
+# asyncio.PriorityQueue orders the entries (a heap), bounds their number and lets workers wait. It
+# lacks a way to take out an entry in the middle, and a cancelled task must not stay (R4). Without:
 #
 #   client: submits 100 tasks and cancels them all; they stay in the queue, marked "cancelled"
 #   client: submits one more: 503, the queue is full       <-- of nothing
 # ==================================================================================================
 
 Entry: TypeAlias = tuple[float, int, str]
-"""Due time, sequence number, id of the task. No two entries have one sequence number, so a tie in
-the due time is first come first served, and the comparison of two entries never gets to the ids."""
+"""Due time, sequence number, id of the task. No two entries have the same sequence number, so a
+tie in the due time is first come first served, and a comparison never gets to the ids."""
 
 PRIORITY_STEPS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
@@ -540,9 +549,8 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 #
 # All tasks, from submission to removal; the methods stand in the order of a task's life. A method
 # without `async` is one stretch (R1). That is why no lock is to be seen here, although five
-# workers, the clean-up and any number of requests change the same dicts:
-#
-#   A check and what relies on it stand in one stretch. Without R1:
+# workers, the clean-up and any number of requests change the same dicts. A check and what relies on
+# it stand in one stretch. Without R1:
 #
 #   request 1: sees 99 tasks in the queue, awaits something
 #   request 2: sees 99 tasks in the queue, awaits something
@@ -656,7 +664,7 @@ class TaskManager:
         return task
 
     async def wait(self, task_id: str, since: Status | None = None) -> Task:
-        """Return a task as soon as its status is another than `since`; raise TaskNotFoundError.
+        """Return a task as soon as its status is not `since`; raise TaskNotFoundError if it is gone.
 
         Without `since` that is the next change. The task is returned at once if it is final or if
         the server is stopping, and unchanged if `long_poll` seconds have passed.
@@ -667,12 +675,12 @@ class TaskManager:
         Two ways to sleep through the change, without R2:
 
             poller: reads "processing", then awaits something else
-            worker: says "completed", sets the Event that nobody waits for yet
+            worker: says "completed"; there is no Event to set
             poller: makes an Event and waits for the next change       <-- there is none, ever
 
-            poller: reads "processing", waits for the Event
+            poller: reads "processing", and has an asyncio task made that will wait for the Event
             worker: says "completed", sets the Event, clears it for the next change
-            poller: gets its turn, finds the Event cleared, waits on   <-- a wake-up that is lost
+            poller: that asyncio task takes its first step and waits   <-- for ever
         """
         task = self.get(task_id)
         changed_already = since is not None and since != task["status"]
@@ -681,17 +689,16 @@ class TaskManager:
         # The same stretch in which the status was read: no `await` may ever come between.
         changed = self._changed.setdefault(task_id, asyncio.Event())
         # Before Python 3.12 `wait_for` has two faults: it may report a time-out although the Event
-        # was set in the same moment, and may lose a cancellation then. Neither matters here: it is
-        # the record that is returned, as it stands, and that is all that is left to do.
+        # was set in the same moment, and may lose a cancellation then. Neither matters here: whatever
+        # has happened, the next line returns the record as it is.
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), self._settings.long_poll)
-        # Not looked up again: it may have expired since it woke us, while the loop was busy.
-        return task
+        return task  # not looked up again: it may have expired while the loop was busy
 
     def snapshot(self) -> list[str]:
         """Return the ids of all tasks, in order of submission.
 
-        Ids and no records: a slow reader of the list would keep those in memory that have expired.
+        Ids and no records, which a slow reader of a list would keep in memory when they have expired.
         """
         self.expire()
         return list(self._tasks)
@@ -708,7 +715,7 @@ class TaskManager:
         }
 
     def cancel(self, task_id: str) -> Task:
-        """Cancel a task and return it; raise TaskNotFoundError or TaskFinishedError.
+        """Cancel a task and return it; raise TaskNotFoundError, or TaskFinishedError if it is too late.
 
         A task that is cancelled already is returned as it is. Without R3:
 
@@ -722,10 +729,11 @@ class TaskManager:
             raise TaskFinishedError(task)
         if task["status"] == "queued":
             self._queue.remove(task_id)
-        cancelled_now = self._change_status(task, "cancelled")  # first mark the record (R3),
+        # First mark the record, then cancel (R3), and only once: a clean-up is not disturbed.
+        cancelled_now = self._change_status(task, "cancelled")
         work = self._running.get(task_id)
         if cancelled_now and work is not None:
-            work.cancel()  # then cancel the asyncio task, once: its clean-up is not disturbed
+            work.cancel()
         return task
 
     # --- The workers ------------------------------------------------------------------------------
@@ -743,20 +751,19 @@ class TaskManager:
             await self._stop([supervisor, *workers])
 
     async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
-        """Wait for the workers, who never end of themselves; if one dies, say so and stop all.
+        """Wait for the workers, which never end by themselves; if one dies, log it and stop all.
 
         What `gather` holds are workers and not tasks. If it held a batch of five tasks, then:
 
-            gather: four tasks take 5 s, the fifth takes 30 s
-            gather: returns after 30 s, so four workers did nothing for 25 s    <-- the slowest rules
-
-        A worker that takes the next task when it has ended one does not know of the others.
+            tasks:  four take 5 s, the fifth takes 30 s
+            gather: returns after 30 s
+            next:   five more tasks start, 25 s after they could have  <-- the slowest one rules
         """
         try:
             await asyncio.gather(*workers)
         except asyncio.CancelledError:
-            # `gather` raises this if it is cancelled itself, and also if one of its workers is. The
-            # first is the stop, which has marked this before it cancelled anything.
+            # `gather` raises this when it is cancelled itself, and also when one of its workers is.
+            # The first is done by `_stop`, which closes before it cancels anything.
             if not self._open:
                 raise
             log.critical("a worker was cancelled from outside, so all stop")
@@ -768,17 +775,17 @@ class TaskManager:
         #   worker 2: takes the next task, and dies unseen               <-- /health says "ok"
         await self._stop(workers)
 
-    async def _stop(self, background_tasks: list[asyncio.Task[None]]) -> None:
+    async def _stop(self, asyncio_tasks: list[asyncio.Task[None]]) -> None:
         """Cancel every task, the workers and the work; wait for the end of all, for some seconds."""
         self._open = False
         for task in self._tasks.values():
             self._change_status(task, "cancelled")  # ignored where the status is final (R3)
         # A new queue, since the old one is full of cancelled tasks, and bound to this event loop.
         self._queue = TaskQueue(self._settings.queue_size)
-        ending = [*background_tasks, *self._running.values()]
+        ending = [*asyncio_tasks, *self._running.values()]
         for asyncio_task in ending:
             asyncio_task.cancel()
-        # Work may clean up. If it does not end in time, it is left to the end of the event loop.
+        # Work may clean up. What has not ended in time is abandoned.
         await asyncio.wait(ending, timeout=CANCEL_GRACE)
 
     def stop_waiting(self) -> None:
@@ -793,14 +800,13 @@ class TaskManager:
         CancelledError is not caught here, nor in `_run_task`. If it were:
 
             server: stops, cancels the worker, waits for its end
-            worker: catches CancelledError, takes it for its task's, goes on with the next one
-            server: waits                                               <-- for ever
+            worker: catches CancelledError, believes that its task was cancelled, takes the next one
+            server: waits                                                       <-- for ever
         """
         while True:
             _, _, task_id = await self._queue.get()
-            # From here to the first real wait in `_run_task` is one stretch (R1). So there is no
-            # moment in which a task has left the queue and is not processing yet, in which a DELETE
-            # would find it in neither place.
+            # From here to the first wait in `_run_task` is one stretch (R1). So a DELETE finds each
+            # task either in the queue or processing.
             self._busy += 1
             try:
                 await self._run_task(self._tasks[task_id])
@@ -815,11 +821,11 @@ class TaskManager:
         second case; in the first it just returns, since the work has ended.
         """
         task_id = task["task_id"]
-        # Before the work is created: an eager task factory (Python 3.12) runs its first part there
-        # and then, and work that needs no `await` has ended when `create_task` returns.
+        # Before the work is created. Python 3.12 has eager asyncio tasks, which take their first
+        # steps inside of `create_task`: work that does not wait has ended when that returns.
         self._change_status(task, "processing")
         work = asyncio.create_task(self._work(task))
-        # The event loop itself holds only a weak reference to an asyncio task.
+        # The event loop holds only a weak reference, and this worker may give up (see below).
         self._running[task_id] = work
         work.add_done_callback(lambda _: self._running.pop(task_id))
         await asyncio.wait({work}, timeout=self._settings.task_timeout)
@@ -828,11 +834,12 @@ class TaskManager:
             work.cancel()
             await asyncio.wait({work}, timeout=CANCEL_GRACE)
         elif task["status"] not in FINAL:
-            # Somebody outside of this class cancelled it before its first step: nothing of it ran.
+            # Somebody outside of this class cancelled it before its first step: none of it ran, not
+            # even its `except` (fact 2).
             self._fail(task, asyncio.CancelledError("cancelled before its first step"))
 
     async def _work(self, task: Task) -> None:
-        """Do the work of a task, and write its end into the record: whatever it is, and truly."""
+        """Do the work of a task, and write into the record how it has ended."""
         try:
             result = await self._execute(
                 task["task_type"],
@@ -841,12 +848,12 @@ class TaskManager:
             )
             result = json_copy(result, allow_nan=True)
         except asyncio.CancelledError as exc:
-            # By its name, since `except Exception` does not catch it. Who cancels a task marks its
-            # record first (R3), and then this changes nothing. A record that is not marked means
-            # that nobody has cancelled the task: something inside the work was cancelled, and the
-            # work has not caught it. That is a fault and no cancellation.
+            # Who cancels a task marks its record first (R3), and then this `_fail` changes nothing.
+            # If the record is not marked, nobody has cancelled the task: something inside the work
+            # was cancelled, and the work has not caught it. That is a fault and no cancellation.
             self._fail(task, exc)
-            raise  # a cancelled asyncio task that goes on as if nothing were breaks its canceller
+            # Swallowed, a cancellation looks like a normal end, and whoever cancelled is misled.
+            raise
         except BaseException as exc:  # noqa: BLE001 - told truly, and logged, by `_fail`
             # Not only Exception: `sys.exit()` in some library would end the server, since asyncio
             # lets SystemExit out of the event loop.
@@ -886,7 +893,7 @@ class TaskManager:
             await asyncio.sleep(seconds * self._settings.time_scale / 10)
 
     def _report(self, task: Task, percent: float) -> None:
-        """Set the progress of a task that is processing. It never falls; 100 is the end's to say."""
+        """Set the progress of a task that is processing. It never falls; only the end sets 100."""
         if task["status"] == "processing":
             task["progress"] = max(task["progress"], int(min(percent, 99)))
 
@@ -941,11 +948,12 @@ class TaskManager:
             changed.set()
 
     def _keep_for_a_while(self, task: Task) -> None:
-        """Date the end of a task, and remember when to remove it."""
+        """Write down when a task has ended, and remember when to remove it."""
         finished_at = utc_now()
         retention = self._settings.retention
         task["finished_at"] = timestamp(finished_at)
         task["expires_at"] = timestamp(finished_at + timedelta(seconds=retention))
+        # The two above are for the client. The removal goes by the other clock, which nobody sets.
         self._finished.append((now() + retention, task["task_id"]))
 
     def expire(self) -> None:
@@ -962,25 +970,25 @@ class TaskManager:
             log.info("task %s removed", task_id)
 
     async def clean_up(self) -> None:
-        """Remove what has expired though nobody asks for it: called by the timer."""
+        """Remove what has expired though nobody asks for it; `async` because the timer awaits it."""
         self.expire()
 
 
 def exact_sum(numbers: list[float]) -> float:
-    """Return the sum of integers as an integer; with floats among them, the float next to the sum.
+    """Return the sum: of integers an integer, else a float, correct to its last digit.
 
-    `math.fsum` rounds once, at the end, so neither the order nor the Python matters. But it makes
-    floats of integers first, which rounds those beyond 2**53. So the integers are added apart, and
-    their sum is handed over in pieces, each of which is a float exactly.
+    `math.fsum` rounds once, at the end, so the order does not matter. But it first makes a float of
+    each integer, which rounds those beyond 2**53. So the integers are added apart, and their sum is
+    handed to `fsum` in parts that floats hold exactly.
     """
     floats = [number for number in numbers if isinstance(number, float)]
     integer_sum = sum(number for number in numbers if isinstance(number, int))
     if not floats:
         return integer_sum
     while integer_sum:
-        piece = float(integer_sum)
-        floats.append(piece)
-        integer_sum -= int(piece)
+        part = float(integer_sum)
+        floats.append(part)
+        integer_sum -= int(part)
     return math.fsum(floats)
 
 
@@ -1036,7 +1044,7 @@ class SubmissionBase(ClosedModel):
     example: ClassVar[dict[str, Any]]  # each model has its own, which /docs shows and tests submit
 
     priority: Priority = "normal"
-    """The higher one starts first, then the older task. Waiting raises the priority."""
+    """A higher one starts first, unless a lower one has waited long enough: a level is worth 30 s."""
 
 
 class SumParameters(ClosedModel):
@@ -1103,7 +1111,7 @@ Submission: TypeAlias = Annotated[
 
 
 class NoQuery(ClosedModel):
-    """The query of a request that has none."""
+    """The query of a request that has none: declared, so that an unknown parameter is refused."""
 
 
 class PollQuery(ClosedModel):
@@ -1128,9 +1136,9 @@ class ListQuery(ClosedModel):
     """How many tasks at most; all of them if it is left out."""
 
 
-NoParameters: TypeAlias = Annotated[NoQuery, Query()]
-PollParameters: TypeAlias = Annotated[PollQuery, Query()]
-ListParameters: TypeAlias = Annotated[ListQuery, Query()]
+NoQueryArguments: TypeAlias = Annotated[NoQuery, Query()]
+PollArguments: TypeAlias = Annotated[PollQuery, Query()]
+ListArguments: TypeAlias = Annotated[ListQuery, Query()]
 
 
 @documented
@@ -1183,7 +1191,7 @@ class Problem(TypedDict):
 # Problems
 #
 # Every error answer is made by `problem`, and has one shape. `handle_error` decides which exception
-# becomes which; it tells of a request only where it went wrong, never what was in it.
+# becomes which; it says where a request is wrong, and never repeats at length what was in it.
 # ==================================================================================================
 
 INVALID = "The request is not valid."
@@ -1231,7 +1239,7 @@ def short(key: int | str) -> str:
 
 
 def invalid_item(error: Mapping[str, Any]) -> InvalidItem:
-    """Translate an error of pydantic's; its `input` and `ctx` are what the client has sent."""
+    """Translate an error of pydantic's, without `input` and `ctx`: that is what the client sent."""
     kind = error["type"]
     place, *path = error["loc"]
     detail = printable(error["msg"])[:200]
@@ -1297,8 +1305,8 @@ async def handle_error(request: Request, exc: Exception) -> Response:
 class JsonRequest(Request):
     """A request whose body is parsed by pydantic's parser in place of `json.loads`.
 
-    `json.loads` takes UTF-16, halves of surrogate pairs, which cannot be sent out again, and from
-    Python 3.14 on any depth: a body of 60,000 opening brackets would take the server a second.
+    `json.loads` takes more than can be sent out again: UTF-16, and halves of surrogate pairs. And
+    from Python 3.14 on it takes any depth, so that 60,000 opening brackets cost the server a second.
     """
 
     async def json(self) -> Any:
@@ -1437,7 +1445,8 @@ class BodyLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on; answer 413 at once if it declares a body that is too long."""
-        # Nobody reads the body of a GET, but a stream listens on `receive` for the client to leave.
+        # Not for GET: nobody reads its body; and a stream listens on `receive` for the client to
+        # leave, where a 413 would break an answer that has begun.
         if scope["type"] != "http" or scope["method"] == "GET":
             await self._app(scope, receive, send)
             return
@@ -1479,8 +1488,8 @@ class BodyLimitMiddleware:
 # what is true then, and a task that has expired meanwhile is left out.
 # ==================================================================================================
 
-CHUNK_BYTES = 65_536  # what is sent at once,
-CHUNK_TASKS = 200  # and what is looked at, before others get their turn
+CHUNK_BYTES = 65_536  # sent at once, more or less
+CHUNK_TASKS = 200  # looked at, before others get their turn
 
 
 async def stream_tasks(
@@ -1502,7 +1511,7 @@ async def stream_tasks(
             if chunk:
                 yield bytes(chunk)
                 chunk.clear()
-            # A generator that never really waits holds up everybody else until it ends.
+            # To send a chunk need not wait, and who never waits holds up everybody else.
             await asyncio.sleep(0)
     yield bytes(chunk) + (b"\n]\n" if written else b"]\n")
 
@@ -1511,8 +1520,8 @@ async def stream_tasks(
 # Routes
 #
 # They translate: a request into a call of the manager, and what it returns into an answer. What the
-# manager raises goes past them to `handle_error`. `response_model` is for /docs only: the answers
-# are encoded as they are, since the records are checked when they are written.
+# manager raises goes past them to `handle_error`. The first half of this section is data for the
+# OpenAPI document; answers are not validated against it, since mypy has checked the records.
 # ==================================================================================================
 
 SCHEMAS = "#/components/schemas/{model}"
@@ -1634,7 +1643,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         ),
     )
     async def submit_task(
-        submission: Submission, query: NoParameters, request: Request
+        submission: Submission, query: NoQueryArguments, request: Request
     ) -> Response:
         """Queue a task. Poll it at `Location`."""
         root = root_of(request)
@@ -1647,7 +1656,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         "/tasks",
         responses=documented_answers(200, "Task", [EXAMPLE_TASK], 400, 429),
     )
-    async def list_tasks(query: ListParameters) -> Response:
+    async def list_tasks(query: ListArguments) -> Response:
         """List the tasks, oldest first."""
         lines = stream_tasks(manager, query.status, query.limit)
         return StreamingResponse(lines, headers=NO_STORE, media_type="application/json")
@@ -1656,7 +1665,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         "/tasks/{task_id}",
         responses=documented_answers(200, "Task", EXAMPLE_TASK, 400, 404, 429),
     )
-    async def get_task(task_id: UUID, query: PollParameters) -> Response:
+    async def get_task(task_id: UUID, query: PollArguments) -> Response:
         """Return a task: at once, or with `wait=true` when its status changes."""
         if query.wait:
             return json_answer(await manager.wait(str(task_id), query.since))
@@ -1666,7 +1675,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         "/tasks/{task_id}",
         responses=documented_answers(200, "Task", EXAMPLE_CANCELLED, 400, 404, 409, 429),
     )
-    async def cancel_task(task_id: UUID, query: NoParameters) -> Response:
+    async def cancel_task(task_id: UUID, query: NoQueryArguments) -> Response:
         """Cancel a task. It can still be asked for until its `expires_at`."""
         return json_answer(manager.cancel(str(task_id)))
 
@@ -1674,7 +1683,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         "/health",
         responses=documented_answers(200, "Health", EXAMPLE_HEALTH, 400, 503, limited=False),
     )
-    async def health(query: NoParameters) -> Response:
+    async def health(query: NoQueryArguments) -> Response:
         """Count tasks, places and workers. Not limited."""
         return json_answer(manager.health())
 
@@ -1686,17 +1695,18 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 # ==================================================================================================
 # The app
 #
-# `create_app` makes one world: a manager, a limiter, an app that knows both. Nothing that changes is
-# a global of this module, so two apps in one process do not touch, and each test has its own.
+# `create_app` makes one world: a manager, a limiter, an app that knows both. No code uses a global
+# that changes, so two apps in one process do not touch, and each test has its own.
 #
 # The lifespan owns what runs in the background. What happens on Ctrl-C or SIGTERM, step by step:
 #
-#   1. `on_stop_signal` is called first: the long polls are answered, no more tasks are accepted.
-#   2. Its handler calls uvicorn's, which stops listening and lets the requests in hand finish.
-#      Without step 1 that would take as long as the longest poll.
-#   3. uvicorn ends the lifespan: the timers are cancelled, then the manager stops. It marks each
-#      task that is not final, cancels the workers and the work, and waits for their clean-up.
-#   4. The process ends. Threads that work has started are waited for after Ctrl-C.
+#   1. The handler of `on_stop_signal` runs. It schedules `stop_waiting`, which answers the long
+#      polls and accepts no more tasks, and calls uvicorn's handler. Without it, step 2 would take
+#      as long as the longest poll.
+#   2. uvicorn stops listening, lets the requests in hand finish, and ends the lifespan.
+#   3. The timers are cancelled, then the manager stops. It marks each task that is not final, then
+#      cancels the workers and the work (R3), and waits for their clean-up, 5 seconds at most.
+#   4. The process ends. After Ctrl-C Python still waits for threads that work has started.
 # ==================================================================================================
 
 DESCRIPTION = """\
@@ -1719,7 +1729,6 @@ These are the defaults; whoever runs the server may have set others.
 """
 
 
-Job: TypeAlias = Callable[[], Awaitable[None]]
 Handler: TypeAlias = Callable[[int, FrameType | None], Any]
 
 
@@ -1754,7 +1763,7 @@ def on_stop_signal(callback: Callable[[], None]) -> Iterator[None]:
                 signal.signal(number, former_handler)
 
 
-async def timer(seconds: float, job: Job) -> None:
+async def timer(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
     """Do a job every so many seconds, until cancelled. An exception ends its round only."""
     while True:
         await asyncio.sleep(seconds)
@@ -1762,7 +1771,7 @@ async def timer(seconds: float, job: Job) -> None:
             await job()
         except Exception:
             # Without this the timer would be dead from now on, and nobody would see it.
-            log.exception("a round of the clean-up failed")
+            log.exception("a round of %s failed", job.__qualname__)
 
 
 @asynccontextmanager
@@ -1809,7 +1818,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # The timers are two, so that a fault of one clean-up does not keep the other from its turn.
+        # Two timers, so that a fault of one clean-up does not keep the other from its turn.
         async with (
             manager.working(),
             background(timer(settings.cleanup_interval, manager.clean_up)),
