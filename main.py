@@ -1450,8 +1450,11 @@ class BodyLimitMiddleware:
         if scope["type"] != "http" or scope["method"] == "GET":
             await self._app(scope, receive, send)
             return
-        declared = Headers(scope=scope).get("Content-Length", "")
-        if declared.isdecimal() and int(declared) > self._max_body:
+        try:
+            declared = int(Headers(scope=scope).get("Content-Length", "0"))
+        except ValueError:
+            declared = 0  # not a length: what comes is counted all the same
+        if declared > self._max_body:
             # A client that has sent `Expect: 100-continue` waits. uvicorn would tell it to go on at
             # the first `receive`, which is never called here.
             await problem(413, self._detail)(scope, receive, send)

@@ -2024,6 +2024,16 @@ async def test_a_body_has_its_limit(size: int, status: int, chunked: bool) -> No
             assert problem_of(answer)["detail"] == "The body is longer than 1000 bytes."
 
 
+@pytest.mark.parametrize("length", ["x", "-5", "9" * 5000])
+async def test_a_declared_length_that_is_none_is_ignored(length: str) -> None:
+    """A Content-Length that is no number decides nothing: what comes is what counts."""
+    async with world() as here:
+        headers = {"Content-Type": "application/json", "Content-Length": length}
+        body = of_failure(b'"priority": "low"')
+        answer = await here.http.post("/tasks", content=body, headers=headers)
+        assert answer.status_code == 202
+
+
 @pytest.mark.parametrize(
     ("method", "path", "pointer", "detail"),
     [
