@@ -99,7 +99,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from functools import partial
+from functools import lru_cache, partial
 from http import HTTPStatus
 from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
@@ -1386,7 +1386,10 @@ class RateLimitMiddleware:
         if scope["type"] != "http" or path_of(scope) in FREE_PATHS:
             await self._app(scope, receive, send)
             return
-        key = client_key(scope)
+        # The peer's address, as uvicorn gives it. X-Forwarded-For is not read here: anybody can send
+        # it. uvicorn reads it where the peer is a proxy that it has been told to trust.
+        host, _ = scope.get("client") or ("", 0)
+        key = client_key(host)
 
         async def send_with_fields(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -1403,8 +1406,8 @@ class RateLimitMiddleware:
     async def _add_fields(self, headers: MutableHeaders, key: str) -> None:
         """Add the limit's fields as they are when the answer starts; a long poll starts it late."""
         left, reset = await self._limiter.quota(key)
-        headers["RateLimit-Policy"] = self._policy
-        headers["RateLimit"] = f'"default";r={left};t={reset}'
+        headers.append("RateLimit-Policy", self._policy)
+        headers.append("RateLimit", f'"default";r={left};t={reset}')
         # A client that comes back after a 503 shall not run into a 429.
         if left == 0 and "Retry-After" in headers:
             headers["Retry-After"] = str(max(reset, int(headers["Retry-After"])))
@@ -1416,13 +1419,9 @@ def path_of(scope: Scope) -> str:
     return path.removeprefix(scope.get("root_path", ""))
 
 
-def client_key(scope: Scope) -> str:
-    """Return the limiter's key for the address of a request's client.
-
-    The address is the peer's as uvicorn gives it. X-Forwarded-For is not read here: anybody can
-    send it. uvicorn reads it where the peer is a proxy that it has been told to trust.
-    """
-    host, _ = scope.get("client") or ("", 0)
+@lru_cache(maxsize=256)  # to parse an address takes longer than all the rest of the counting
+def client_key(host: str) -> str:
+    """Return the limiter's key for the address of a client."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
