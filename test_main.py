@@ -213,6 +213,7 @@ NOBODY = "00000000-0000-4000-8000-000000000000"
 EXAMPLES: dict[str, Json] = {
     model.example["task_type"]: model.example for model in main.SUBMISSION_MODELS
 }
+KNOCK = "/nowhere"  # a path that nobody will exempt from the limit
 SLOW: Json = {"parameters": {"title": "T", "sections": 6}}  # a generate_report of 30 s
 
 
@@ -270,6 +271,10 @@ class World:
                 return task
             task = await self.get(task_id, wait=True, since=task["status"])
         raise AssertionError("the task does not end")
+
+    async def knock(self) -> httpx.Response:
+        """Send a request that counts, and does nothing else."""
+        return await self.http.get(KNOCK)
 
     async def cancel(self, task_id: str) -> httpx.Response:
         """Cancel a task."""
@@ -491,7 +496,6 @@ async def test_a_task_has_one_shape_in_every_state() -> None:
     for task in (queued, processing, completed):
         assert list(task) == list(Task.__annotations__)
         assert task["parameters"] == {"title": "T", "sections": 3}
-        assert task["priority"] == "normal"
         assert task["created_at"] == queued["created_at"]
     for name in ("result", "error", "started_at", "finished_at", "expires_at"):
         assert queued[name] is None
@@ -692,24 +696,23 @@ async def test_health_looks_at_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_the_life_of_a_task_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Each step of a task's life is one line, in which a client cannot forge another."""
-    async with world(workers=1, retention=1, cleanup_interval=100) as here:
-        first = await here.submit()
+    async with world(work=Raises(TaskFailedError("a\nb")), retention=1) as here:
+        (failing,) = here.enqueue()
         await ticks()
-        second = await here.submit("simulate_failure", parameters={"message": "a\nb"})
-        third = await here.submit("simulate_failure", priority="low")
-        await here.cancel(third)
-        await real_sleep(100.5)
-    ours = [record.getMessage() for record in caplog.records if record.name == main.log.name]
-    assert ours == [
-        f"task {first} queued: compute_sum, priority normal",
+        (cancelled,) = here.enqueue()
+        here.manager.cancel(cancelled["task_id"])
+        await real_sleep(1)
+        here.manager.expire()
+    lines = [record.getMessage() for record in caplog.records if record.name == main.log.name]
+    first, second = failing["task_id"], cancelled["task_id"]
+    assert lines[0].startswith(f"task {first} queued: compute_sum")
+    assert lines[1:3] == [
         f"task {first} processing",
-        f"task {second} queued: simulate_failure, priority high",
-        f"task {third} queued: simulate_failure, priority low",
-        f"task {third} cancelled",
-        f"task {first} completed",
-        f"task {second} processing",
-        f"task {second} failed: task_failed, 'a\\nb'",
-        f"task {third} removed",
+        f"task {first} failed: task_failed, 'a\\nb'",
+    ]
+    assert lines[3].startswith(f"task {second} queued")
+    assert lines[4:] == [
+        f"task {second} cancelled",
         f"task {first} removed",
         f"task {second} removed",
     ]
@@ -886,7 +889,8 @@ async def test_the_cancel_table() -> None:
     """DELETE: 200 queued, 200 processing, 200 again, 409 completed or failed, 404 unknown."""
     async with world(workers=1) as here:
         done, bad = await here.submit(), await here.submit("simulate_failure")
-        await real_sleep(10.5)
+        for task_id in (done, bad):
+            await here.final(task_id)
         running, queued = await here.submit(), await here.submit()
         await ticks()
         for task_id in (queued, running, queued):
@@ -1554,12 +1558,9 @@ async def test_a_final_task_goes_at_its_instant(end: str) -> None:
     """A final task is there until `retention` seconds after its end, and not a moment longer."""
     async with world(retention=600, cleanup_interval=10**6) as here:
         task_id = await here.submit("simulate_failure" if end == "failed" else "compute_sum")
-        await real_sleep(2)
         if end == "cancelled":
             await here.cancel(task_id)
-        else:
-            await real_sleep(3)
-            await ticks()
+        await here.final(task_id)
         await real_sleep(599.875)
         assert await here.status(task_id) == end
         await real_sleep(0.125)
@@ -1678,22 +1679,22 @@ async def test_ten_requests_a_minute() -> None:
     async with world(rate_limit=10) as here:
         start = main.now()
         for number in range(10):
-            answer = await here.http.get("/tasks")
-            assert answer.status_code == 200
+            answer = await here.knock()
+            assert answer.status_code == 404
             assert answer.headers["ratelimit-policy"] == '"default";q=10;w=60'
             assert answer.headers["ratelimit"] == f'"default";r={9 - number};t={60 - 2 * number}'
             await real_sleep(2)
-        answer = await here.http.get("/tasks")
+        answer = await here.knock()
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "40"
         assert answer.headers["ratelimit"] == '"default";r=0;t=40'
         assert problem_of(answer)["detail"] == "Try again in 40 s."
         await real_sleep(39.5)
-        assert (await here.http.get("/tasks")).headers["retry-after"] == "1"
+        assert (await here.knock()).headers["retry-after"] == "1"
         await real_sleep(0.5)
         assert main.now() == start + 60
-        assert (await here.http.get("/tasks")).status_code == 200
-        answer = await here.http.get("/tasks")
+        assert (await here.knock()).status_code == 404
+        answer = await here.knock()
         assert answer.status_code == 429
         assert answer.headers["retry-after"] == "2"
 
@@ -1722,10 +1723,10 @@ async def test_retry_after_is_enough_for_any_fraction() -> None:
 async def test_a_refused_request_does_not_count() -> None:
     """A client that keeps knocking is let in as soon as one that waits."""
     async with world(rate_limit=2, rate_window=10) as here:
-        statuses = [(await here.http.get("/tasks")).status_code for _ in range(50)]
+        statuses = [(await here.knock()).status_code for _ in range(50)]
         await real_sleep(10)
-        statuses += [(await here.http.get("/tasks")).status_code for _ in range(3)]
-        assert statuses == [200, 200, *[429] * 48, 200, 200, 429]
+        statuses += [(await here.knock()).status_code for _ in range(3)]
+        assert statuses == [404, 404, *[429] * 48, 404, 404, 429]
 
 
 async def test_the_fields_are_those_of_the_moment_of_the_answer() -> None:
@@ -1736,7 +1737,7 @@ async def test_the_fields_are_those_of_the_moment_of_the_answer() -> None:
         poll = asyncio.create_task(here.http.get(f"/tasks/{task_id}?wait=true"))
         await real_sleep(1)
         for _ in range(5):
-            await here.http.get("/tasks")
+            await here.knock()
         answer = await poll
         assert answer.headers["ratelimit"] == '"default";r=2;t=55'
 
@@ -1827,8 +1828,8 @@ async def test_some_paths_are_free(path: str, prefix: str) -> None:
             answer = await client.get(base + path)
             assert answer.status_code < 400
             assert not LIMIT_FIELDS & set(answer.headers)
-        assert (await client.get(base + "/tasks")).status_code == 200
-        assert (await client.get(base + "/tasks")).status_code == 429
+        assert (await client.get(base + KNOCK)).status_code == 404
+        assert (await client.get(base + KNOCK)).status_code == 429
         assert (await client.get(base + path)).status_code < 400
 
 
@@ -1849,19 +1850,19 @@ async def test_who_shares_a_bucket(
     """One bucket an IPv4 address, mapped or not, one an IPv6 /64, and one for all that is neither."""
     async with world(rate_limit=1) as here:
         async with here.client(host) as client:
-            assert (await client.get("/tasks")).status_code == 200
-        for hosts, status in ((same, 429), (other, 200)):
+            assert (await client.get(KNOCK)).status_code == 404
+        for hosts, status in ((same, 429), (other, 404)):
             for address in hosts:
                 async with here.client(address) as client:
-                    assert (await client.get("/tasks")).status_code == status, address
+                    assert (await client.get(KNOCK)).status_code == status, address
 
 
 async def test_the_header_of_a_proxy_is_not_read() -> None:
     """X-Forwarded-For is uvicorn's to trust: here it changes nothing."""
     async with world(rate_limit=1) as here:
-        for number, status in ((1, 200), (2, 429)):
+        for number, status in ((1, 404), (2, 429)):
             headers = {"X-Forwarded-For": f"192.0.2.{number}", "Forwarded": f"for=192.0.2.{number}"}
-            assert (await here.http.get("/tasks", headers=headers)).status_code == status
+            assert (await here.http.get(KNOCK, headers=headers)).status_code == status
 
 
 async def test_the_limiter_keeps_only_what_it_needs() -> None:
@@ -2276,11 +2277,11 @@ async def test_openapi_examples_are_true() -> None:
         task_id = await here.submit()
         await real_sleep(6)
         for status, answer in {
-            400: await here.post(priority=5),
+            400: await here.post(parameters=5),
             404: await here.http.get(f"/tasks/{NOBODY}"),
             409: await here.cancel(task_id),
             413: await here.http.post("/tasks", content=b"x" * 70_000),
-            429: [await here.http.get("/tasks") for _ in range(2)][-1],
+            429: [await here.knock() for _ in range(2)][-1],
         }.items():
             example = main.documented_problem(status, {})["content"]["application/problem+json"]
             assert set(example["example"]) == set(problem_of(answer))
@@ -2606,10 +2607,11 @@ class Model:
         """Submit the example of a random type."""
         full = self.manager._queue.full()
         example = self.generator.choice(list(EXAMPLES.values()))
-        priority = self.generator.choice(list(main.PRIORITY_STEPS))
-        parameters = {"message": "m", **example.get("parameters", {})}
+        model = next(model for model in main.SUBMISSION_MODELS if model.example is example)
+        submission: Any = model.model_validate(example)
+        parameters = submission.parameters.model_dump()
         try:
-            task = self.manager.submit(example["task_type"], parameters, priority)
+            task = self.manager.submit(example["task_type"], parameters, submission.priority)
         except main.UnavailableError:
             assert full
         else:
