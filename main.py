@@ -1119,7 +1119,7 @@ class PollQuery(ClosedModel):
 
     wait: bool = False
     """Hold the answer until the status changes, for 10 seconds at most; then the task is answered
-    as it is. A client's own time-out should be longer."""
+    as it is. A task that has ended is answered at once. Your own time-out should be longer."""
 
     since: Status | None = None
     """With `wait`: the status that you saw last. If the task has another one by now, the answer
@@ -1540,7 +1540,7 @@ LIMIT_FIELDS: JsonObject = {
 }
 RETRY_FIELD: JsonObject = {
     "Retry-After": {
-        "description": "In how many seconds to try again.",
+        "description": "In how many seconds to try again, if that is known.",
         "schema": {"type": "integer", "minimum": 1, "example": 42},
     },
 }
@@ -1554,7 +1554,7 @@ PROBLEMS = {
     413: ("The body is too long.", "The body is longer than 65536 bytes."),
     429: ("You have sent too many requests.", "Try again in 42 s."),
     500: ("Any other error.", "The server failed."),
-    503: ("There is no room for a task, or nobody to work on it.", "The queue is full."),
+    503: ("There is no room for a task, or nobody to work on it.", "No workers are running."),
 }
 EXAMPLE_TASK: Task = {
     "task_id": "2667d366-af2b-4988-974f-cba005fa3340",
@@ -1571,14 +1571,14 @@ EXAMPLE_TASK: Task = {
     "expires_at": "2026-01-01T12:10:05.011307Z",
 }
 EXAMPLE_ACCEPTED = {"task_id": EXAMPLE_TASK["task_id"], "status": "queued"}
-EXAMPLE_CANCELLED = {**EXAMPLE_TASK, "status": "cancelled", "progress": 40, "result": None}
+EXAMPLE_CANCELLED = {**EXAMPLE_TASK, "status": "cancelled", "progress": 90, "result": None}
 EXAMPLE_HEALTH: Health = {
     "status": "ok",
     "tasks": {"queued": 3, "processing": 5, "completed": 40, "failed": 1, "cancelled": 2},
     "queue": {"size": 3, "capacity": 100},
     "workers": {"busy": 5, "total": 5},
 }
-EXAMPLE_ITEM = {"detail": "Input should be a valid string", "pointer": "#/parameters/title"}
+EXAMPLE_ITEM = {"detail": "Extra inputs are not permitted", "pointer": "dry_run"}
 EXAMPLE_MEMBERS: dict[int, JsonObject] = {
     400: {"errors": [EXAMPLE_ITEM]},
     409: {"task": EXAMPLE_TASK},
@@ -1678,7 +1678,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         responses=documented_answers(200, "Task", EXAMPLE_CANCELLED, 400, 404, 409, 429),
     )
     async def cancel_task(task_id: UUID, query: NoQueryArguments) -> Response:
-        """Cancel a task. It can still be asked for until its `expires_at`."""
+        """Cancel a task; twice is no error. It can still be asked for until its `expires_at`."""
         return json_answer(manager.cancel(str(task_id)))
 
     @app.get(
@@ -1718,13 +1718,14 @@ Submit a task, then poll it until it is `completed`, `failed` or `cancelled`.
   count, refused ones (429) do not. `/`, `/docs`, `/redoc`, `/openapi.json`, `/health` are free.
 * **Long poll**: `GET /tasks/{task_id}?wait=true&since=queued` is held until the status is no longer
   `queued`, at most 10 seconds. Give the status that you saw last, and you miss no change.
-* **Retention**: a task can be asked for until 10 minutes after its end (`expires_at`), then it is
-  404. A restart of the server loses all tasks.
+* **Retention**: a task can be asked for until 10 minutes after its end (`expires_at`); after that
+  the answer is 404. A restart of the server loses all tasks.
 * **Priority**: five tasks run at a time; `high` before `normal` before `low`, then the oldest
   first. One level is worth 30 seconds of waiting, so nothing waits for ever.
 * **Failure**: `error.code` is `task_failed` (see its message), `timeout` (after 60 seconds) or
   `internal_error`.
-* **Errors** are problem documents (RFC 9457). With 429 and 503 wait for `Retry-After` seconds.
+* **Errors** are problem documents (RFC 9457). With 429 and 503 wait for `Retry-After` seconds; a 503
+  without it has no workers. An unknown field or query parameter is a 400.
 * Anybody can see and cancel every task. HEAD is answered wherever GET is.
 
 These are the defaults; whoever runs the server may have set others.
@@ -1800,16 +1801,29 @@ class TaskApp(FastAPI):
         app = RateLimitMiddleware(app, self.state.limiter)
         return HeadMiddleware(app)
 
-    def openapi(self) -> dict[str, Any]:
+    def openapi(self) -> JsonObject:
         """Return the OpenAPI document, with the schemas that `documented_answers` refers to."""
-        if self.openapi_schema is None:
-            self.openapi_schema = super().openapi()
-            schemas = self.openapi_schema["components"]["schemas"]
-            for model in ANSWER_MODELS:
-                schema = TypeAdapter[Any](model).json_schema(ref_template=SCHEMAS)
-                schemas |= schema.pop("$defs", {})
-                schemas[model.__name__] = schema
-        return self.openapi_schema
+        if self.openapi_schema is not None:
+            return self.openapi_schema
+        document = super().openapi()
+        schemas = document["components"]["schemas"]
+        for model in ANSWER_MODELS:
+            schema = TypeAdapter[Any](model).json_schema(ref_template=SCHEMAS)
+            schemas |= schema.pop("$defs", {})
+            schemas[model.__name__] = schema
+        for route in self.routes:
+            if isinstance(route, JsonRoute) and route.include_in_schema:
+                self._restore_nulls(document["paths"][route.path], route)
+        document["security"] = []  # nobody needs a key
+        return document
+
+    @staticmethod
+    def _restore_nulls(path: JsonObject, route: JsonRoute) -> None:
+        """Put a route's answers into its path once more: FastAPI leaves out what is null in them."""
+        for method in route.methods or ():
+            answers = path[method.lower()]["responses"]
+            for status, answer in route.responses.items():
+                answers[str(status)] |= answer
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -1834,6 +1848,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=DESCRIPTION,
         version="2.0.0",
         lifespan=lifespan,
+        openapi_tags=[{"name": "tasks", "description": "Submit, poll, list, cancel, count."}],
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,  # the redirect would repeat the Host header, which is the client's
         swagger_ui_oauth2_redirect_url=None,
@@ -1842,6 +1857,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     app.state.manager = manager
     app.state.limiter = limiter
     app.router.route_class = JsonRoute
+    app.router.tags = ["tasks"]
     for error in (ManagerError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(error, handle_error)
     add_routes(app, manager)

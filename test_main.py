@@ -2230,6 +2230,14 @@ def operations() -> dict[str, Json]:
     return {operation["operationId"]: operation for operation in found}
 
 
+def tasks_in(example: Any) -> list[Json]:
+    """Return the tasks in an example of an answer."""
+    if isinstance(example, list):
+        return example
+    task = example.get("task", example)
+    return [task] if "task_type" in task else []
+
+
 def test_openapi_names_every_answer() -> None:
     """The document has each operation's answers, with schema, example and fields, and no 422."""
     found = operations()
@@ -2241,6 +2249,8 @@ def test_openapi_names_every_answer() -> None:
             assert list(answer["content"]) == [kind]
             content = answer["content"][kind]
             assert content["example"]
+            for task in tasks_in(content["example"]):
+                assert list(task) == list(Task.__annotations__)
             assert success or content["schema"] == PROBLEM_REF
             assert success or content["example"]["status"] == int(status.replace("default", "500"))
             fields = {field.lower() for field in answer["headers"]}
