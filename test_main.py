@@ -530,18 +530,6 @@ async def test_a_step_of_the_wall_clock_expires_nothing(monkeypatch: pytest.Monk
         assert await here.status(task_id) == "completed"
 
 
-async def test_progress_rises_in_ten_steps() -> None:
-    """Progress is an integer that rises from 0 by tens and is 100 only when completed."""
-    async with world() as here:
-        task_id = await here.submit()
-        await real_sleep(0.25)
-        seen = []
-        for _ in range(11):
-            seen.append((await here.get(task_id))["progress"])
-            await real_sleep(0.5)
-        assert seen == [*range(0, 100, 10), 100]
-
-
 async def test_reported_progress_never_falls_nor_lies() -> None:
     """What work reports is an integer below 100 at last, and a lower report is ignored."""
     async with world() as here:
@@ -770,18 +758,6 @@ async def test_since_is_a_cursor(since: Status) -> None:
         assert (held, task["status"]) == (0, "completed")
 
 
-async def test_a_change_while_nobody_waits_is_not_lost() -> None:
-    """R2: a client that names what it saw last gets each change, though it pauses in between."""
-    async with world() as here:
-        task_id = await here.submit()
-        seen: list[Any] = ["queued"]
-        while seen[-1] not in FINAL:
-            await real_sleep(1)
-            task = await here.get(task_id, wait=True, since=seen[-1])
-            seen.append(task["status"])
-        assert seen == ["queued", "processing", "completed"]
-
-
 async def test_any_number_may_poll_one_task() -> None:
     """R2: one change wakes all that wait for it, and the next one all that wait again."""
     async with world(workers=1) as here:
@@ -834,18 +810,6 @@ async def test_a_poller_outlives_the_record() -> None:
         here.manager.expire()
         _, polled = await poll
         assert polled["status"] == "cancelled"
-
-
-async def test_polls_do_not_keep_what_has_ended() -> None:
-    """A final task has no Event and no handle, also if polls of it had timed out."""
-    async with world(long_poll=1) as here:
-        task_id = await here.submit()
-        await ticks()
-        await here.get(task_id, wait=True)
-        assert task_id in here.manager._changed
-        await real_sleep(5)
-        assert not here.manager._changed
-        assert not here.manager._running
 
 
 # --- Final is final (R3): one end, and the one that was told --------------------------------------
@@ -1054,19 +1018,6 @@ async def test_the_store_is_bounded() -> None:
         assert (await here.post()).status_code == 202
 
 
-async def test_a_storm_of_submit_and_cancel_leaves_the_queue_empty() -> None:
-    """R4: a cancelled task gives its place back at once, a thousand times over."""
-    async with world(workers=1, queue_size=3) as here:
-        (running,) = here.enqueue()
-        await ticks()
-        for _ in range(1000):
-            for task in random.sample(here.enqueue(3), 3):
-                here.manager.cancel(task["task_id"])
-            assert here.manager._queue.empty()
-        await here.final(running["task_id"])
-        assert running["status"] == "completed"
-
-
 @pytest.mark.parametrize("victim", range(6))
 async def test_removal_keeps_the_order_of_the_rest(victim: int) -> None:
     """R4: whichever queued task is cancelled, the others start in the order that they had."""
@@ -1079,17 +1030,6 @@ async def test_removal_keeps_the_order_of_the_rest(victim: int) -> None:
         await here.cancel(ids[victim])
         await real_sleep(60)
         assert list(started) == [ids[i] for i in (0, 1, 4, 5, 2, 3) if i != victim]
-
-
-async def test_cancelled_between_the_wake_and_the_take() -> None:
-    """R4: a worker that was woken for a task that is cancelled meanwhile takes the next one."""
-    async with world(workers=1) as here:
-        (first,) = here.enqueue()
-        here.manager.cancel(first["task_id"])
-        (second,) = here.enqueue()
-        await ticks()
-        assert first["started_at"] is None
-        assert second["status"] == "processing"
 
 
 async def test_a_task_is_queued_until_it_is_processing() -> None:
@@ -1110,16 +1050,6 @@ async def test_five_at_once_and_never_six() -> None:
         await real_sleep(30)
         assert list(started) == [task["task_id"] for task in tasks]
         assert list(started.values()) == [0] * 5 + [5] * 5 + [10] * 2
-
-
-async def test_a_free_worker_does_not_wait_for_a_slow_task() -> None:
-    """Beside one slow task the other worker goes on, task after task."""
-    async with world(workers=2) as here:
-        started = here.record_starts()
-        await here.submit("generate_report", **SLOW)
-        here.enqueue(5)
-        await real_sleep(40)
-        assert list(started.values()) == [0, 0, 5, 10, 15, 20]
 
 
 async def test_priority_then_first_come_first_served() -> None:
@@ -1150,15 +1080,6 @@ async def test_nothing_starves(later: float, order: list[str]) -> None:
         names[await here.submit(priority="high")] = "high"
         await real_sleep(320)
         assert [names[task_id] for task_id in started] == order
-
-
-async def test_without_a_priority_step_the_queue_is_a_queue() -> None:
-    """With `priority_step` 0, who came first starts first."""
-    async with world(workers=1, priority_step=0) as here:
-        started = here.record_starts()
-        ids = [await here.submit(priority=priority) for priority in ("low", "normal", "high")]
-        await real_sleep(16)
-        assert list(started) == ids
 
 
 # --- Workers (R5): they survive whatever work does, and its end is told truly ---------------------
@@ -1620,15 +1541,6 @@ async def test_the_timer_survives_an_exception(
         assert not here.limiter._hits
 
 
-async def test_what_is_not_final_never_expires() -> None:
-    """A queued and a processing task stay, however short the retention is."""
-    async with world(workers=1, retention=1, cleanup_interval=1, time_scale=10) as here:
-        tasks = here.enqueue(2)
-        await real_sleep(45)
-        assert [task["status"] for task in tasks] == ["processing", "queued"]
-        assert len(await here.tasks()) == 2
-
-
 # --- No workers, no promises ----------------------------------------------------------------------
 
 
@@ -1762,10 +1674,7 @@ async def test_a_503_does_not_send_a_client_into_a_429() -> None:
         ("POST", "/tasks", b"x" * 70_000, 413),
         ("GET", "/nowhere", None, 404),
         ("PUT", "/tasks", None, 405),
-        ("GET", "/tasks/", None, 404),
-        ("GET", "/tasks/x", None, 400),
         ("GET", f"/tasks/{NOBODY}?wait=maybe", None, 400),
-        ("DELETE", f"/tasks/{NOBODY}", None, 404),
         ("GET", "/docs/oauth2-redirect", None, 404),
     ],
 )
@@ -1910,23 +1819,16 @@ BAD_BODIES: dict[str, tuple[bytes, str, str]] = {
     "empty": (b"", "#", "Field required"),
     "malformed": (b'{"task_type":', "#", "Malformed JSON: EOF while parsing a value"),
     "array": (b"[]", "#", OBJECT),
-    "null": (b"null", "#", OBJECT),
-    "latin-1": (b'{"task_type": "\xe9"}', "#", "Malformed JSON"),
     "UTF-16": (of_sum("[1]").decode().encode("utf-16"), "#", "Malformed JSON"),
     "deep": (b"[" * 60_000, "#", "Malformed JSON: recursion limit"),
     "deep type": (b'{"task_type": %b' % (b"[" * 60_000), "#", "Malformed JSON: recursion limit"),
     "deep numbers": (of_sum("[" * 60_000), "#", "Malformed JSON: recursion limit"),
-    "digits": (of_sum(f"[{'9' * 5000}]"), "#", "Malformed JSON: number out of range"),
     "NaN": (of_sum("[NaN]"), FIRST, NUMBER),
-    "-Infinity": (of_sum("[-Infinity]"), FIRST, NUMBER),
     "1e400": (of_sum("[1e400]"), FIRST, NUMBER),
     "4000 digits": (of_sum(f"[{'9' * 4000}]"), FIRST, NUMBER),
-    "too large": (of_sum("[1.1e300]"), FIRST, NUMBER),
     "true": (of_sum("[true]"), FIRST, NUMBER),
-    "string": (of_sum('["5"]'), FIRST, NUMBER),
     "no numbers": (of_sum("[]"), "#/parameters/numbers", "at least 1 item"),
     "1001 numbers": (of_sum(f"[{'1,' * 1000}1]"), "#/parameters/numbers", "at most 1000 items"),
-    "no list": (of_sum('{"a": 1}'), "#/parameters/numbers", "valid list"),
     "no parameters": (b'{"task_type": "compute_sum"}', "#/parameters", "Field required"),
     "parameters 5": (of_failure(b'"parameters": 5'), "#/parameters", "Input should be an object"),
     "odd key": (of_sum('[1], "~a/b#%": 1'), "#/parameters/~0a~1b%23%25", EXTRA),
@@ -1938,10 +1840,8 @@ BAD_BODIES: dict[str, tuple[bytes, str, str]] = {
     "no type": (b'{"parameters": {}}', "#/task_type", TYPE),
     "long type": (b'{"task_type": "%b"}' % (b"x" * 9000), "#/task_type", TYPE),
     "long title": (of_report(f'"title": "{"t" * 201}"'), "#/parameters/title", "at most 200"),
-    "title 5": (of_report('"title": 5'), "#/parameters/title", "valid string"),
     "sections true": (of_report('"sections": true'), "#/parameters/sections", "valid integer"),
     "sections '3'": (of_report('"sections": "3"'), "#/parameters/sections", "valid integer"),
-    "sections 0": (of_report('"sections": 0'), "#/parameters/sections", "greater than"),
     "sections 7": (of_report('"sections": 7.0'), "#/parameters/sections", "less than"),
 }
 
@@ -2039,9 +1939,7 @@ async def test_a_declared_length_that_is_none_is_ignored(length: str) -> None:
     ("method", "path", "pointer", "detail"),
     [
         ("GET", "/tasks?limit=0", "limit", "greater than or equal to 1"),
-        ("GET", "/tasks?limit=x", "limit", "valid integer"),
         ("GET", "/tasks?limit=" + "9" * 5000, "limit", "integer"),
-        ("GET", "/tasks?status=", "status", "'queued'"),
         ("GET", "/tasks?status=%ff", "status", "'queued'"),
         ("GET", "/tasks?state=failed", "state", EXTRA),
         ("GET", "/tasks?" + "k" * 5000, "k" * 50, EXTRA),
@@ -2080,9 +1978,7 @@ async def test_a_submission_has_no_query() -> None:
     ("method", "path", "allow"),
     [
         ("PUT", "/tasks", "GET, HEAD, POST"),
-        ("POST", f"/tasks/{NOBODY}", "DELETE, GET, HEAD"),
         ("PATCH", "/tasks/x", "DELETE, GET, HEAD"),
-        ("DELETE", "/health", "GET, HEAD"),
         ("POST", "/", "GET, HEAD"),
         ("POST", "/docs", "GET, HEAD"),
     ],
@@ -2196,17 +2092,18 @@ async def test_a_bug_is_a_500_that_tells_nothing(
                 await client.get(f"/tasks/{NOBODY}")
 
 
-async def test_another_http_exception_keeps_its_words() -> None:
-    """What a route of somebody's own raises is a problem with its detail and header fields."""
+async def test_a_route_of_somebodys_own() -> None:
+    """Its HTTPException keeps its words and fields, and its 405 names the methods that it has."""
     async with world() as here:
 
-        @here.app.get("/tea")
+        @here.app.post("/tea")
         async def tea() -> None:
             raise HTTPException(418, "short and stout", {"X-Pot": "1"})
 
-        answer = await here.http.get("/tea")
+        answer = await here.http.post("/tea")
         assert problem_of(answer)["detail"] == "short and stout"
         assert answer.headers["x-pot"] == "1"
+        assert (await here.http.get("/tea")).headers["allow"] == "POST"
 
 
 # --- The OpenAPI document: what /docs and generated clients see -----------------------------------
@@ -2362,10 +2259,8 @@ def test_a_bad_setting_stops_the_start(
     ("name", "least", "below"),
     [
         ("workers", "1", "0"),
-        ("queue_size", "1", "0"),
         ("max_tasks", "1", "0"),
         ("long_poll", "0", "-0.1"),
-        ("retention", "1e-9", "0"),
         ("cleanup_interval", "0.1", "0.09"),
         ("rate_window", "1", "0.5"),
     ],
@@ -2474,17 +2369,6 @@ def test_in_another_thread_the_app_does_without_signals() -> None:
     thread.start()
     thread.join(10)
     assert ended == ["completed"]
-
-
-async def test_start_stop_and_start_again() -> None:
-    """An app that was stopped can be started again, and has not forgotten its final tasks."""
-    async with world() as here:
-        (old,) = here.enqueue()
-    async with here.app.router.lifespan_context(here.app):
-        (task,) = here.enqueue()
-        await real_sleep(6)
-        assert task["status"] == "completed"
-        assert here.manager.get(old["task_id"])["status"] == "cancelled"
 
 
 def test_start_again_in_another_loop() -> None:
