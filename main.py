@@ -24,16 +24,17 @@ Three facts of asyncio
 
 Everything below rests on them. An *asyncio task* is what `asyncio.create_task` makes: a coroutine
 that runs beside the others. A plain *task* in this file is always a record: what a client submits.
+The *work* of a task is the asyncio task that runs its code.
 
 1.  One thread, the *event loop*, runs all coroutines. It changes from one to another only where one
     of them really waits, which can happen at an `await`, at an `async with` or `async for`, which
     await for you, and at the `yield` of an async generator. The code between two waits is called a
     *stretch* here. A stretch is atomic: nobody else runs in the middle of it. To `await` a coroutine
-    that does not wait itself ends no stretch: its code runs as if it were written here.
+    that never waits ends no stretch: its code runs as if it stood at the place of the `await`.
 2.  `asyncio_task.cancel()` does not stop anything by itself. When that asyncio task next gets its
     turn, `asyncio.CancelledError` is raised in it, at the await where it waits. The code there may
-    clean up, may take its time, may even ignore it. And if the asyncio task has not taken its first
-    step yet, not a line of it ever runs: no `except`, no `finally`.
+    clean up, may take its time, may even ignore it. If it is cancelled before its first step, not a
+    line of it ever runs: no `except`, no `finally`.
 3.  An `asyncio.Event` is a flag with a waiting room. `set()` lets all who wait go on, each when the
     loop comes to it, and whoever comes later does not wait at all. `clear()` closes the room again.
 
@@ -46,9 +47,9 @@ They make the program correct. The code cites them where it relies on them.
 R1  A stretch is atomic, so whatever must be seen whole happens in one stretch. Every change of a
     record is such a stretch, and needs no lock.
 R2  One method, `_change_status`, changes a status, and it wakes those who wait for the change.
-    Whoever waits puts an Event for the task into a dict, in the stretch in which it reads the
-    status. `_change_status` takes that Event out of the dict and sets it; the next waiter makes a
-    new one. Nobody clears an Event. (The stop wakes all waiters so, and changes no status.)
+    Whoever waits takes the task's Event from a dict, or puts a new one there, in the same stretch in
+    which it reads the status. `_change_status` takes the Event out of the dict and sets it. Nobody
+    clears an Event. (The stop takes out and sets all of them, though it changes no status.)
 R3  A final status is final. To stop a task, mark its record, then cancel the asyncio task that
     works on it. Whatever that one reports afterwards is ignored.
 R4  A task leaves the queue exactly once: to a worker or by cancellation. A cancelled task leaves
@@ -57,8 +58,8 @@ R5  A worker survives its task. The work runs in an asyncio task of its own, and
     for it with `asyncio.wait`. That returns when the work has ended in any way, by cancellation
     too, and raises CancelledError only when the worker itself is cancelled.
 R6  What is stored can be sent. Parameters and results are stored as copies, encoded to JSON and
-    decoded again. What cannot be encoded is refused at the door, and no object that a client's or a
-    task's code still holds is part of a record.
+    decoded again. Parameters that cannot be encoded are refused, a result that cannot be encoded
+    fails its task, and no object that a client's or a task's code still holds is part of a record.
 
 
 What this file does not do
@@ -79,8 +80,8 @@ Map
     Errors        who raises what            Problems      one shape for all errors
     Settings      the environment            Middleware    HEAD, rate limit, size of a body
     Rate limiter  a sliding window           Stream        the list of tasks
-    Task queue    a heap with a way out      Routes        dull on purpose
-    Task manager  a task's life, in order    The app       the lifespan owns the background
+    Task queue    the next one, by priority  Routes        one call of the manager each
+    Task manager  a task's life, in order    The app       starts and stops all of it
 """
 
 import asyncio
@@ -331,7 +332,7 @@ def classify_failure(exc: BaseException) -> TaskError:
     match exc:
         case TaskFailedError():
             return {"code": "task_failed", "message": printable(str(exc))}
-        # Ours, or one of a library that the work has used. Two classes before Python 3.11.
+        # Raised by `_run_task` or by the work. Before Python 3.11 the two names are two classes.
         case TimeoutError() | asyncio.TimeoutError():
             return {"code": "timeout", "message": "The task took too long."}
         # An ExceptionGroup of one, as asyncio.TaskGroup raises it. Matched by its attribute, which
@@ -356,9 +357,9 @@ def traceback_text(exc: BaseException) -> str:
 # ==================================================================================================
 # Settings
 #
-# Read from the environment once, at the start, and checked there: a bad value is an error that
-# names the variable, and no server. All numbers are finite and bounded, since asyncio keeps its
-# timers in a heap, and a timer at `nan` corrupts the order of a heap. To add a setting, add a line.
+# Read from the environment once, at the start. With a bad value the server does not start, and the
+# error names the variable. All numbers are finite and bounded, since asyncio keeps its timers in a
+# heap, and a timer at `nan` corrupts the order of a heap. To add a setting, add a line.
 # ==================================================================================================
 
 MOST = 1_000_000_000  # no setting is larger: 30 years of seconds are enough
@@ -436,8 +437,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 # A sliding window: at most `limit` requests in any `window` seconds. For each key (a client's
 # address) a deque holds the times of the requests that were let through, oldest first: the new ones
 # are appended on the right, the old ones leave on the left (a list would move all the others when
-# its first one leaves). What a fixed window, a counter that is
-# reset every minute, would do:
+# its first one leaves). A fixed window, a counter that is reset every minute, would do this:
 #
 #   11:59:59  client: ten requests, counted in the first minute
 #   12:00:00  the counter is reset
@@ -457,9 +457,9 @@ class RateLimiter:
         self.window = window
         # key -> the times of its counted requests, at most `limit`, oldest first.
         self._hits: dict[str, deque[float]] = {}
-        # A lock between coroutines, not threads. Nothing below waits while it holds the lock, so each
-        # method is one stretch (R1), and would be right without. It is for the day when the times
-        # are in a store that is awaited. Then, without the lock:
+        # A lock between coroutines, not threads. Nobody waits while holding it, so it is always free,
+        # `async with` never waits, and each method is one stretch (R1), right even without the lock.
+        # It is for the day when the times are in a store that is awaited. Then, without it:
         #
         #   request 1: sees nine hits, awaits the store
         #   request 2: sees nine hits, awaits the store
@@ -558,7 +558,9 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 #   request 2: puts its task into the queue: 101       <-- one more than there are places
 # ==================================================================================================
 
-CANCEL_GRACE = 5.0  # seconds that cancelled work has to clean up before it is left alone
+# Seconds that work gets to end after its time-out or at the stop; then nobody waits for it any more.
+# After a DELETE its worker waits for it as long as the time-out allows, and then for this.
+CANCEL_GRACE = 5.0
 RETRY_AFTER = 5  # seconds, the duration of the shortest task: by then the queue may have moved
 
 Report: TypeAlias = Callable[[float], None]
@@ -581,14 +583,15 @@ class TaskManager:
         # An entry for each task with the status queued, and none for any other (R4).
         self._queue = TaskQueue(settings.queue_size)
         self._sequence = itertools.count()
-        # id -> what is set when the status changes. Only where somebody waits or has waited (R2).
+        # id -> what is set when the status changes: made by the first who waits, removed by the next
+        # change (R2).
         self._changed: dict[str, asyncio.Event] = {}
         # id -> the asyncio task that does the work, until it has really ended.
         self._running: dict[str, asyncio.Task[None]] = {}
         # How many workers have a task in hand.
         self._busy = 0
-        # (when to remove it, id) of each final task. The retention is the same for all, so who ends
-        # first is removed first, and appending keeps the deque sorted.
+        # (when to remove it, id) of each final task. The retention is the same for all, so the task
+        # that ends first is removed first, and appending keeps the deque sorted.
         self._finished: deque[tuple[float, str]] = deque()
 
     # --- What clients ask for ---------------------------------------------------------------------
@@ -678,7 +681,8 @@ class TaskManager:
             worker: says "completed"; there is no Event to set
             poller: makes an Event and waits for the next change       <-- there is none, ever
 
-            poller: reads "processing", and has an asyncio task made that will wait for the Event
+            poller: reads "processing", starts an asyncio task to wait for the Event (as `wait_for`
+                    did before Python 3.12)
             worker: says "completed", sets the Event, clears it for the next change
             poller: that asyncio task takes its first step and waits   <-- for ever
         """
@@ -688,9 +692,9 @@ class TaskManager:
             return task
         # The same stretch in which the status was read: no `await` may ever come between.
         changed = self._changed.setdefault(task_id, asyncio.Event())
-        # Before Python 3.12 `wait_for` has two faults: it may report a time-out although the Event
-        # was set in the same moment, and may lose a cancellation then. Neither matters here: whatever
-        # has happened, the next line returns the record as it is.
+        # Before Python 3.12 `wait_for` may report a time-out although the Event was set in the same
+        # moment, and may lose a cancellation of this request then. Neither matters: `return task`
+        # below returns the record as it is by now.
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), self._settings.long_poll)
         return task  # not looked up again: it may have expired while the loop was busy
@@ -698,7 +702,7 @@ class TaskManager:
     def snapshot(self) -> list[str]:
         """Return the ids of all tasks, in order of submission.
 
-        Ids and no records, which a slow reader of a list would keep in memory when they have expired.
+        Only ids: a list of records would keep expired ones in memory for as long as a client reads.
         """
         self.expire()
         return list(self._tasks)
@@ -719,17 +723,17 @@ class TaskManager:
 
         A task that is cancelled already is returned as it is. Without R3:
 
-            work:   is done, and about to say "completed"
-            client: DELETE; the asyncio task is cancelled, which takes effect at its next await
-            client: is told "cancelled"
-            work:   has no more awaits, says "completed"        <-- two ends of one task
+            client: DELETE; the asyncio task is cancelled, the client is told "cancelled"
+            work:   catches CancelledError, and returns a result all the same
+            work:   says "completed"                                   <-- two ends of one task
         """
         task = self.get(task_id)
         if task["status"] in ("completed", "failed"):
             raise TaskFinishedError(task)
         if task["status"] == "queued":
             self._queue.remove(task_id)
-        # First mark the record, then cancel (R3), and only once: a clean-up is not disturbed.
+        # First mark the record, then cancel (R3). A second DELETE does not cancel again: that would
+        # interrupt the clean-up.
         cancelled_now = self._change_status(task, "cancelled")
         work = self._running.get(task_id)
         if cancelled_now and work is not None:
@@ -757,19 +761,19 @@ class TaskManager:
 
             tasks:  four take 5 s, the fifth takes 30 s
             gather: returns after 30 s
-            next:   five more tasks start, 25 s after they could have  <-- the slowest one rules
+            next:   five more tasks start; four places stood empty for 25 s  <-- the slowest rules
         """
         try:
             await asyncio.gather(*workers)
         except asyncio.CancelledError:
             # `gather` raises this when it is cancelled itself, and also when one of its workers is.
-            # The first is done by `_stop`, which closes before it cancels anything.
+            # The first is done by `_stop`, which sets `_open` to False before it cancels anything.
             if not self._open:
                 raise
             log.critical("a worker was cancelled from outside, so all stop")
         except Exception:
             log.critical("a worker died, so all stop", exc_info=True)
-        # `gather` raises the first failure and lets the other workers go on:
+        # The others must be stopped too, since `gather` raises the first failure and lets them go on:
         #
         #   worker 1: dies; gather raises, nobody looks at the others any more
         #   worker 2: takes the next task, and dies unseen               <-- /health says "ok"
@@ -800,8 +804,8 @@ class TaskManager:
         CancelledError is not caught here, nor in `_run_task`. If it were:
 
             server: stops, cancels the worker, waits for its end
-            worker: catches CancelledError, believes that its task was cancelled, takes the next one
-            server: waits                                                       <-- for ever
+            worker: catches CancelledError, believes that its task was cancelled, goes on
+            server: waits                                              <-- the worker never ends
         """
         while True:
             _, _, task_id = await self._queue.get()
@@ -821,11 +825,12 @@ class TaskManager:
         second case; in the first it just returns, since the work has ended.
         """
         task_id = task["task_id"]
-        # Before the work is created. Python 3.12 has eager asyncio tasks, which take their first
-        # steps inside of `create_task`: work that does not wait has ended when that returns.
+        # First of all: an eager asyncio task (Python 3.12) runs inside of `create_task`, and may have
+        # ended before that returns.
         self._change_status(task, "processing")
         work = asyncio.create_task(self._work(task))
-        # The event loop holds only a weak reference, and this worker may give up (see below).
+        # Kept, since the event loop has only a weak reference: work that this worker has given up
+        # (see below) could be garbage-collected while it runs.
         self._running[task_id] = work
         work.add_done_callback(lambda _: self._running.pop(task_id))
         await asyncio.wait({work}, timeout=self._settings.task_timeout)
@@ -852,9 +857,9 @@ class TaskManager:
             # If the record is not marked, nobody has cancelled the task: something inside the work
             # was cancelled, and the work has not caught it. That is a fault and no cancellation.
             self._fail(task, exc)
-            # Swallowed, a cancellation looks like a normal end, and whoever cancelled is misled.
+            # Raised again, or this asyncio task would look as if it had ended normally.
             raise
-        except BaseException as exc:  # noqa: BLE001 - told truly, and logged, by `_fail`
+        except BaseException as exc:  # noqa: BLE001 - `_fail` records and logs it
             # Not only Exception: `sys.exit()` in some library would end the server, since asyncio
             # lets SystemExit out of the event loop.
             self._fail(task, exc)
@@ -904,7 +909,7 @@ class TaskManager:
         except Exception as unspeakable:  # noqa: BLE001 - a `__str__` may raise anything
             error = classify_failure(unspeakable)
         failed_now = self._change_status(task, "failed", error=error)
-        # A CancelledError that changes nothing is the one that a canceller wanted.
+        # If the record was final already, the CancelledError was asked for, and is not logged.
         wanted = isinstance(exc, asyncio.CancelledError) and not failed_now
         if error["code"] == "internal_error" and not wanted:
             log.error("task %s: unexpected end\n%s", task["task_id"], traceback_text(exc))
@@ -933,7 +938,7 @@ class TaskManager:
                 task["progress"] = 100
             case "failed" if error is not None:
                 task["error"] = error
-                # %r keeps a line break in the message from forging a line of the log.
+                # `!r` keeps a line break in the message from forging a line of the log.
                 reason = f": {error['code']}, {error['message']!r}"
         if status in FINAL:
             self._keep_for_a_while(task)
@@ -953,7 +958,7 @@ class TaskManager:
         retention = self._settings.retention
         task["finished_at"] = timestamp(finished_at)
         task["expires_at"] = timestamp(finished_at + timedelta(seconds=retention))
-        # The two above are for the client. The removal goes by the other clock, which nobody sets.
+        # The two above are for the client. The removal goes by the loop's clock, which nobody sets.
         self._finished.append((now() + retention, task["task_id"]))
 
     def expire(self) -> None:
@@ -1334,8 +1339,8 @@ class JsonRoute(APIRoute):
 # ==================================================================================================
 # Middleware
 #
-# What has to happen before anybody reads a body. The rate limit as a FastAPI dependency would be
-# too late:
+# What has to happen around FastAPI. HEAD becomes GET; the two limits come before anybody reads a
+# body. The rate limit as a FastAPI dependency would be too late:
 #
 #   client:  POST /tasks with a malformed body
 #   FastAPI: reads the body, parses it, answers 400
@@ -1478,8 +1483,8 @@ class BodyLimitMiddleware:
 # ==================================================================================================
 # Stream
 #
-# The list of tasks is sent while it is made, so its memory does not grow with its length, and
-# others get their turn in between. While they run, tasks change, come and go. Therefore the stream
+# The list of tasks is sent while it is made, so a long one needs no more memory than a short one,
+# and others get their turn in between. While they run, tasks change, come and go. Therefore the stream
 # goes through a snapshot. Without it:
 #
 #   stream:  is at the third item of the dict, waits for a slow client
@@ -1702,13 +1707,13 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 #
 # The lifespan owns what runs in the background. What happens on Ctrl-C or SIGTERM, step by step:
 #
-#   1. The handler of `on_stop_signal` runs. It schedules `stop_waiting`, which answers the long
-#      polls and accepts no more tasks, and calls uvicorn's handler. Without it, step 2 would take
-#      as long as the longest poll.
+#   1. The handler of `on_stop_signal` runs. It schedules `stop_waiting` (answer the long polls,
+#      accept no more tasks), then calls uvicorn's handler. Without `stop_waiting`, step 2 would
+#      take as long as the longest poll.
 #   2. uvicorn stops listening, lets the requests in hand finish, and ends the lifespan.
 #   3. The timers are cancelled, then the manager stops. It marks each task that is not final, then
 #      cancels the workers and the work (R3), and waits for their clean-up, 5 seconds at most.
-#   4. The process ends. After Ctrl-C Python still waits for threads that work has started.
+#   4. The process ends: at once after SIGTERM; after Ctrl-C when the threads of work have ended.
 # ==================================================================================================
 
 DESCRIPTION = """\
@@ -1805,7 +1810,7 @@ class TaskApp(FastAPI):
         """Return the OpenAPI document, with the schemas that `documented_answers` refers to."""
         if self.openapi_schema is not None:
             return self.openapi_schema
-        document = super().openapi()
+        document = super().openapi()  # kept in `openapi_schema` too; below it is changed in place
         schemas = document["components"]["schemas"]
         for model in ANSWER_MODELS:
             schema = TypeAdapter[Any](model).json_schema(ref_template=SCHEMAS)
