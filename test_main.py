@@ -214,6 +214,9 @@ EXAMPLES: dict[str, Json] = {
     model.example["task_type"]: model.example for model in main.SUBMISSION_MODELS
 }
 KNOCK = "/nowhere"  # a path that nobody will exempt from the limit
+# Three levels of priority, each a step from the next; the second is the default.
+PRIORITIES: tuple[main.Priority, ...] = ("high", "normal", "low")
+HIGH, NORMAL, LOW = PRIORITIES
 SLOW: Json = {"parameters": {"title": "T", "sections": 6}}  # a generate_report of 30 s
 
 
@@ -1025,7 +1028,7 @@ async def test_removal_keeps_the_order_of_the_rest(victim: int) -> None:
         await here.submit()
         await ticks()
         started = here.record_starts()
-        priorities = ("high", "high", "normal", "normal", "high", "high")
+        priorities = (HIGH, HIGH, NORMAL, NORMAL, HIGH, HIGH)
         ids = [await here.submit(priority=priority) for priority in priorities]
         await here.cancel(ids[victim])
         await real_sleep(60)
@@ -1058,11 +1061,11 @@ async def test_priority_then_first_come_first_served() -> None:
         await here.submit()
         await ticks()
         started = here.record_starts()
-        ids: dict[str, list[str]] = {"low": [], "normal": [], "high": []}
+        ids: dict[main.Priority, list[str]] = {LOW: [], NORMAL: [], HIGH: []}
         for priority in [*ids, *ids]:
             ids[priority].append(await here.submit(priority=priority))
         await real_sleep(40)
-        assert list(started) == [*ids["high"], *ids["normal"], *ids["low"]]
+        assert list(started) == [*ids[HIGH], *ids[NORMAL], *ids[LOW]]
 
 
 @pytest.mark.parametrize(
@@ -1075,9 +1078,9 @@ async def test_nothing_starves(later: float, order: list[str]) -> None:
         await here.submit()
         await ticks()
         started = here.record_starts()
-        names = {await here.submit(priority="low"): "low"}
+        names = {await here.submit(priority=LOW): "low"}
         await real_sleep(later)
-        names[await here.submit(priority="high")] = "high"
+        names[await here.submit(priority=HIGH)] = "high"
         await real_sleep(320)
         assert [names[task_id] for task_id in started] == order
 
@@ -1930,7 +1933,7 @@ async def test_a_declared_length_that_is_none_is_ignored(length: str) -> None:
     """A Content-Length that is no number decides nothing: what comes is what counts."""
     async with world() as here:
         headers = {"Content-Type": "application/json", "Content-Length": length}
-        body = of_failure(b'"priority": "low"')
+        body = of_failure(b'"parameters": {}')
         answer = await here.http.post("/tasks", content=body, headers=headers)
         assert answer.status_code == 202
 
@@ -2078,9 +2081,9 @@ async def test_a_bug_is_a_500_that_tells_nothing(
 ) -> None:
     """A fault of ours, pydantic's ValidationError included, is a 500 with the limit's fields."""
     async with world() as here:
-        for method in ("get", "health"):
+        for method in ("submit", "health"):
             monkeypatch.setattr(here.manager, method, fault)
-        answer = await here.http.get(f"/tasks/{NOBODY}")
+        answer = await here.post()
         assert answer.status_code == 500
         assert problem_of(answer)["detail"] == "The server failed."
         assert "secret" not in answer.text
@@ -2089,7 +2092,7 @@ async def test_a_bug_is_a_500_that_tells_nothing(
         transport = httpx.ASGITransport(here.app)  # this one raises what the server would log
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             with pytest.raises((RuntimeError, ValueError)):
-                await client.get(f"/tasks/{NOBODY}")
+                await client.post("/tasks", json=EXAMPLES["compute_sum"])
 
 
 async def test_a_route_of_somebodys_own() -> None:
@@ -2140,6 +2143,7 @@ def test_openapi_names_every_answer() -> None:
     found = operations()
     assert {name: set(operation["responses"]) for name, operation in found.items()} == OPERATIONS
     for name, operation in found.items():
+        limited = "429" in OPERATIONS[name]
         for status, answer in operation["responses"].items():
             success = status in ("200", "202")
             kind = "application/json" if success else "application/problem+json"
@@ -2151,9 +2155,9 @@ def test_openapi_names_every_answer() -> None:
             assert success or content["schema"] == PROBLEM_REF
             assert success or content["example"]["status"] == int(status.replace("default", "500"))
             fields = {field.lower() for field in answer["headers"]}
-            assert (fields >= LIMIT_FIELDS) == (name != "health")
+            assert (fields >= LIMIT_FIELDS) == limited
             assert ("location" in fields) == (status == "202")
-            assert ("retry-after" in fields) == (status in ("429", "503") and name != "health")
+            assert ("retry-after" in fields) == (status in ("429", "503") and limited)
             assert all(field["description"] for field in answer["headers"].values())
 
 
@@ -2504,8 +2508,9 @@ class Model:
         model = next(model for model in main.SUBMISSION_MODELS if model.example is example)
         submission: Any = model.model_validate(example)
         parameters = submission.parameters.model_dump()
+        priority = self.generator.choice(PRIORITIES)
         try:
-            task = self.manager.submit(example["task_type"], parameters, submission.priority)
+            task = self.manager.submit(example["task_type"], parameters, priority)
         except main.UnavailableError:
             assert full
         else:
