@@ -1062,7 +1062,7 @@ async def test_priority_then_first_come_first_served() -> None:
         await ticks()
         started = here.record_starts()
         ids: dict[main.Priority, list[str]] = {LOW: [], NORMAL: [], HIGH: []}
-        for priority in [*ids, *ids]:
+        for priority in (LOW, NORMAL, HIGH, LOW, NORMAL, HIGH):
             ids[priority].append(await here.submit(priority=priority))
         await real_sleep(40)
         assert list(started) == [*ids[HIGH], *ids[NORMAL], *ids[LOW]]
