@@ -351,7 +351,11 @@ def traceback_text(exc: BaseException) -> str:
         ValueError: no such file: x
         INFO:     task 4711 completed                                  <-- forged by a client
     """
-    return textwrap.indent("".join(traceback.format_exception(exc)), "| ")
+    try:
+        text = "".join(traceback.format_exception(exc))
+    except BaseException:  # noqa: BLE001 - a broken exception shall not cost us the line of the log
+        text = f"{type(exc).__name__}, which cannot be printed"
+    return textwrap.indent(text, "| ")
 
 
 # ==================================================================================================
@@ -480,12 +484,12 @@ class RateLimiter:
         """Return how many requests `key` has left, and in how many seconds there is one more."""
         async with self._lock:
             hits = self._hits.get(key, deque())
-            self._drop_old(hits)
+            moment = self._drop_old(hits)
             if not hits:
                 return self.limit, 0
             # Rounded up, or the client would come too early. Where floats make this a hair more
             # than the window, `ceil` makes it a whole second more: hence `min`.
-            reset = math.ceil(hits[0] + self.window - now())
+            reset = math.ceil(hits[0] + self.window - moment)
             return self.limit - len(hits), min(reset, self.window)
 
     async def sweep(self) -> None:
@@ -496,12 +500,14 @@ class RateLimiter:
                 if not hits:
                     del self._hits[key]
 
-    def _drop_old(self, hits: deque[float]) -> None:
-        """Remove the times that have left the window."""
+    def _drop_old(self, hits: deque[float]) -> float:
+        """Remove the times that have left the window by now; return what now is."""
+        moment = now()
         # `hits[0] + window`, as in `quota`. `hits[0] <= now() - window` means the same, but floats may
         # round it the other way, and refuse a client that has waited as long as it was told.
-        while hits and hits[0] + self.window <= now():
+        while hits and hits[0] + self.window <= moment:
             hits.popleft()
+        return moment
 
 
 # ==================================================================================================
@@ -625,7 +631,7 @@ class TaskManager:
         if len(self._tasks) >= self._settings.max_tasks:
             retry_after = RETRY_AFTER
             if self._finished:
-                retry_after = math.ceil(self._finished[0][0] - now())
+                retry_after = max(1, math.ceil(self._finished[0][0] - now()))
             raise UnavailableError("No more tasks can be kept.", retry_after)
 
     def _check_workers(self) -> None:
@@ -771,7 +777,7 @@ class TaskManager:
             if not self._open:
                 raise
             log.critical("a worker was cancelled from outside, so all stop")
-        except Exception:
+        except BaseException:
             log.critical("a worker died, so all stop", exc_info=True)
         # The others must be stopped too, since `gather` raises the first failure and lets them go on:
         #
@@ -906,8 +912,8 @@ class TaskManager:
         """Mark a task as failed by an exception, and log what the client is not told."""
         try:
             error = classify_failure(exc)
-        except Exception as unspeakable:  # noqa: BLE001 - a `__str__` may raise anything
-            error = classify_failure(unspeakable)
+        except BaseException:  # noqa: BLE001 - the words of an exception may raise anything
+            error = classify_failure(Exception())
         failed_now = self._change_status(task, "failed", error=error)
         # If the record was final already, the CancelledError was asked for, and is not logged.
         wanted = isinstance(exc, asyncio.CancelledError) and not failed_now
@@ -1248,7 +1254,7 @@ def invalid_item(error: Mapping[str, Any]) -> InvalidItem:
     kind = error["type"]
     place, *path = error["loc"]
     detail = printable(error["msg"])[:200]
-    if kind.startswith("union_tag"):
+    if kind.startswith("union_tag") and not path:
         # Pydantic would repeat the unknown tag, at any length.
         detail = f"Input should be one of {', '.join(TASK_TYPES)}"
         return {"detail": detail, "pointer": "#/task_type"}
@@ -1405,6 +1411,7 @@ class RateLimitMiddleware:
             await self._app(scope, receive, send_with_fields)
         else:
             _, reset = await self._limiter.quota(key)
+            reset = max(1, reset)  # it may have got room in this very moment
             refusal = problem(429, f"Try again in {reset} s.", {"Retry-After": str(reset)})
             await refusal(scope, receive, send_with_fields)
 
@@ -1421,7 +1428,8 @@ class RateLimitMiddleware:
 def path_of(scope: Scope) -> str:
     """Return the path of a request without the prefix under which a proxy or mount has put us."""
     path: str = scope["path"]
-    return path.removeprefix(scope.get("root_path", ""))
+    rest = path.removeprefix(scope.get("root_path", ""))
+    return rest if rest.startswith("/") else path
 
 
 @lru_cache(maxsize=256)  # to parse an address takes longer than all the rest of the counting
@@ -1449,13 +1457,18 @@ class BodyLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on; answer 413 at once if it declares a body that is too long."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)
         # Not for GET: nobody reads its body; and a stream listens on `receive` for the client to
-        # leave, where a 413 would break an answer that has begun.
-        if scope["type"] != "http" or scope["method"] == "GET":
+        # leave, where a 413 would break an answer that has begun. But that listening would also tell
+        # a client with `Expect` to go on.
+        if scope["method"] == "GET" and "Expect" not in headers:
             await self._app(scope, receive, send)
             return
         try:
-            declared = int(Headers(scope=scope).get("Content-Length", "0"))
+            declared = int(headers.get("Content-Length", "0"))
         except ValueError:
             declared = 0  # not a length: what comes is counted all the same
         if declared > self._max_body:
@@ -1755,7 +1768,8 @@ def on_stop_signal(callback: Callable[[], None]) -> Iterator[None]:
     former: dict[int, Handler] = {}
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(callback)  # a handler may interrupt the loop anywhere
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(callback)  # a handler may interrupt the loop anywhere
         former[signum](signum, frame)
 
     for signum in (signal.SIGINT, signal.SIGTERM):
