@@ -474,10 +474,10 @@ class RateLimiter:
         """Count a request and return True; if there is no room, count nothing and return False."""
         async with self._lock:
             hits = self._hits.setdefault(key, deque())
-            self._drop_old(hits)
+            moment = self._drop_old(hits)
             if len(hits) >= self.limit:
                 return False
-            hits.append(now())
+            hits.append(moment)
             return True
 
     async def quota(self, key: str) -> tuple[int, int]:
@@ -1317,7 +1317,8 @@ class JsonRequest(Request):
     """A request whose body is parsed by pydantic's parser in place of `json.loads`.
 
     `json.loads` takes more than can be sent out again: UTF-16, and halves of surrogate pairs. And
-    from Python 3.14 on it takes any depth, so that 60,000 opening brackets cost the server a second.
+    from Python 3.14 on it takes any depth: then a body of 60,000 opening brackets holds up the loop
+    for a fifth of a second.
     """
 
     async def json(self) -> Any:
@@ -1461,22 +1462,23 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         headers = Headers(scope=scope)
-        # Not for GET: nobody reads its body; and a stream listens on `receive` for the client to
-        # leave, where a 413 would break an answer that has begun. But that listening would also tell
-        # a client with `Expect` to go on.
-        if scope["method"] == "GET" and "Expect" not in headers:
-            await self._app(scope, receive, send)
-            return
-        try:
-            declared = int(headers.get("Content-Length", "0"))
-        except ValueError:
-            declared = 0  # not a length: what comes is counted all the same
-        if declared > self._max_body:
-            # A client that has sent `Expect: 100-continue` waits. uvicorn would tell it to go on at
-            # the first `receive`, which is never called here.
+        # Nobody reads the body of a GET. But a stream listens on `receive` for its client to leave;
+        # there a 413 would break an answer that has begun. And the first `receive` makes uvicorn tell
+        # a client that has sent `Expect: 100-continue` to go on, so it must not come to that.
+        reads_body = scope["method"] != "GET"
+        if (reads_body or "Expect" in headers) and self._declares_too_much(headers):
             await problem(413, self._detail)(scope, receive, send)
-        else:
+        elif reads_body:
             await self._app(scope, self._bounded(receive), send)
+        else:
+            await self._app(scope, receive, send)
+
+    def _declares_too_much(self, headers: Headers) -> bool:
+        """Return whether the Content-Length is too large; one that is no number says nothing."""
+        try:
+            return int(headers.get("Content-Length", "0")) > self._max_body
+        except ValueError:
+            return False
 
     def _bounded(self, receive: Receive) -> Receive:
         """Wrap `receive` so that it raises HTTPException(413) for a body that grows too long."""
@@ -1497,8 +1499,8 @@ class BodyLimitMiddleware:
 # Stream
 #
 # The list of tasks is sent while it is made, so a long one needs no more memory than a short one,
-# and others get their turn in between. While they run, tasks change, come and go. Therefore the stream
-# goes through a snapshot. Without it:
+# and others get their turn in between. While they run, tasks change, come and go. Therefore the
+# stream goes through a snapshot. Without it:
 #
 #   stream:  is at the third item of the dict, waits for a slow client
 #   request: submits a task, which grows the dict
@@ -1604,14 +1606,15 @@ EXAMPLE_MEMBERS: dict[int, JsonObject] = {
 
 
 def documented_answers(
-    success: int, schema: str, example: Any, *errors: int, limited: bool = True, **fields: Any
+    success: int, schema: str, example: Any, *errors: int, **fields: Any
 ) -> dict[int | str, JsonObject]:
     """Return what the OpenAPI document is to say of a route's answers.
 
     `success` has the schema of that name, or a list of them if the example is one; `errors` are
-    keys of PROBLEMS; `fields` are header fields of the success, beside those of the rate limit.
+    keys of PROBLEMS, with 429 if the route is limited; `fields` are header fields of the success,
+    beside those of the rate limit.
     """
-    limit_fields = LIMIT_FIELDS if limited else {}
+    limit_fields = LIMIT_FIELDS if 429 in errors else {}
     body: JsonObject = {"$ref": SCHEMAS.format(model=schema)}
     if isinstance(example, list):
         body = {"type": "array", "items": body}
@@ -1701,14 +1704,14 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 
     @app.get(
         "/health",
-        responses=documented_answers(200, "Health", EXAMPLE_HEALTH, 400, 503, limited=False),
+        responses=documented_answers(200, "Health", EXAMPLE_HEALTH, 400, 503),
     )
     async def health(query: NoQueryArguments) -> Response:
         """Count tasks, places and workers. Not limited."""
         return json_answer(manager.health())
 
     @app.get("/", include_in_schema=False)
-    async def root(request: Request) -> Response:
+    async def root(query: NoQueryArguments, request: Request) -> Response:
         return RedirectResponse(root_of(request) + "/docs")
 
 
@@ -1716,7 +1719,8 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 # The app
 #
 # `create_app` makes one world: a manager, a limiter, an app that knows both. No code uses a global
-# that changes, so two apps in one process do not touch, and each test has its own.
+# that changes (the cache of `client_key` apart, which changes no answer), so two apps in one process
+# do not touch, and each test has its own.
 #
 # The lifespan owns what runs in the background. What happens on Ctrl-C or SIGTERM, step by step:
 #
@@ -1791,7 +1795,9 @@ async def timer(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(seconds)
         try:
             await job()
-        except Exception:
+        except asyncio.CancelledError:
+            raise  # as in a worker: caught, it would keep the timer from ever ending
+        except BaseException:
             # Without this the timer would be dead from now on, and nobody would see it.
             log.exception("a round of %s failed", job.__qualname__)
 
@@ -1799,17 +1805,25 @@ async def timer(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
 @asynccontextmanager
 async def background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run a coroutine beside the body of an `async with`; then cancel it and wait for its end."""
+    stopping = False
+
+    def report_end(asyncio_task: asyncio.Task[None]) -> None:
+        if not stopping:
+            log.critical("%r has ended before the stop", asyncio_task)
+
     asyncio_task = asyncio.create_task(coroutine)
+    asyncio_task.add_done_callback(report_end)
     try:
         yield
     finally:
+        stopping = True  # first mark, then cancel, as in R3
         asyncio_task.cancel()
         # Without this the event loop may end first: "Task was destroyed but it is pending!"
         await asyncio.wait({asyncio_task})
 
 
 class TaskApp(FastAPI):
-    """FastAPI with our middleware around all of it, and one more schema in its OpenAPI document."""
+    """FastAPI with our middleware around it, and the schemas of our answers in its document."""
 
     def build_middleware_stack(self) -> ASGIApp:
         """Return what the server calls; the outermost comes last here."""

@@ -1002,7 +1002,7 @@ async def test_a_full_queue_leaves_no_trace() -> None:
         assert statuses == ["cancelled", "completed", "completed"]
 
 
-async def test_the_store_is_bounded() -> None:
+async def test_the_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Beyond `max_tasks` records, whatever their state, a submission is a 503 until one expires."""
     async with world(workers=1, max_tasks=3, retention=20) as here:
         done, _, waiting = here.enqueue(3)
@@ -1018,6 +1018,9 @@ async def test_the_store_is_bounded() -> None:
         here.manager.cancel(waiting["task_id"])
         assert (await here.post()).status_code == 503
         await real_sleep(17.5)
+        with monkeypatch.context() as patch:  # the clock goes on between the look and the answer
+            patch.setattr(here.manager, "expire", lambda: None)
+            assert (await here.post()).headers["retry-after"] == "1"
         assert (await here.post()).status_code == 202
 
 
@@ -1106,6 +1109,10 @@ class Raises:
     exception: BaseException
 
     async def __call__(self, _: Json, _report: main.Report) -> None:
+        raise self.exception
+
+    def now(self) -> None:
+        """Raise it where nothing is awaited."""
         raise self.exception
 
 
@@ -1556,6 +1563,46 @@ async def test_the_timer_survives_an_exception(
         assert not here.limiter._hits
 
 
+async def test_the_timer_survives_what_is_no_exception(
+    monkeypatch: pytest.MonkeyPatch, expected_errors: list[str]
+) -> None:
+    """Not even a BaseException of a round ends the timer."""
+    expected_errors.append("a round of ")
+    async with world(retention=1, cleanup_interval=30) as here:
+        here.manager.cancel(here.enqueue()[0]["task_id"])
+        with monkeypatch.context() as patch:
+            patch.setattr(here.manager, "expire", Raises(StrangeError()).now)
+            await real_sleep(31)
+        assert here.manager._tasks
+        await real_sleep(30)
+        assert not here.manager._tasks
+
+
+async def test_a_timer_that_is_cancelled_from_outside_is_seen(expected_errors: list[str]) -> None:
+    """A timer that ends before the stop leaves a line in the log."""
+    expected_errors.append("has ended before the stop")
+    async with world(cleanup_interval=30):
+        timers = [task for task in asyncio.all_tasks() if "timer" in repr(task.get_coro())]
+        assert len(timers) == 2
+        timers[0].cancel()
+        await ticks()
+
+
+async def test_a_timer_may_be_stopped_in_a_round() -> None:
+    """A stop that comes while a round waits for something ends that round and the timer."""
+    rounds = []
+
+    async def job() -> None:
+        rounds.append(main.now())
+        await real_sleep(100)
+
+    start = main.now()
+    async with main.background(main.timer(1, job)):
+        await real_sleep(2)
+    assert rounds == [start + 1]
+    assert main.now() == start + 2
+
+
 # --- No workers, no promises ----------------------------------------------------------------------
 
 
@@ -1742,6 +1789,27 @@ async def test_what_is_not_http_passes_by() -> None:
     assert not app.state.limiter._hits
 
 
+async def test_a_429_never_says_to_come_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the window moves on between the count and the answer, Retry-After is 1 and not 0."""
+    async with world(rate_limit=1) as here:
+        await here.knock()
+
+        async def quota(_: str) -> tuple[int, int]:
+            return 1, 0
+
+        monkeypatch.setattr(here.limiter, "quota", quota)
+        answer = await here.knock()
+        assert answer.status_code == 429
+        assert answer.headers["retry-after"] == "1"
+
+
+@pytest.mark.parametrize("root_path", ["/h", "/", "/health", "/api"])
+def test_a_prefix_ends_at_a_slash(root_path: str) -> None:
+    """A path that only begins with the letters of the prefix does not have the prefix."""
+    assert main.path_of({"path": "/health", "root_path": root_path}) == "/health"
+    assert main.path_of({"path": f"{root_path}/health", "root_path": root_path}) == "/health"
+
+
 @pytest.mark.parametrize("path", sorted(main.FREE_PATHS))
 @pytest.mark.parametrize("prefix", ["", "/api", "/"])
 async def test_some_paths_are_free(path: str, prefix: str) -> None:
@@ -1914,6 +1982,13 @@ async def test_a_message_of_a_validator_is_made_fit() -> None:
     assert main.invalid_item(error) == {"detail": "?" * 200, "pointer": "#/%3F%C3%A9"}
 
 
+def test_a_union_within_the_parameters_is_pointed_at() -> None:
+    """A type of somebody's own may have a union with a tag inside: the pointer leads there."""
+    place = ("body", "draw", "parameters", "shape")
+    error = {"type": "union_tag_invalid", "msg": "no such tag", "loc": place}
+    assert main.invalid_item(error) == {"detail": "no such tag", "pointer": "#/parameters/shape"}
+
+
 async def test_many_errors_are_not_all_listed() -> None:
     """Ten errors are told, however many there are."""
     async with world() as here:
@@ -1966,6 +2041,7 @@ async def test_a_declared_length_that_is_none_is_ignored(length: str) -> None:
         ("GET", f"/tasks/{NOBODY}?wiat=true", "wiat", EXTRA),
         ("DELETE", f"/tasks/{NOBODY}?wait=true", "wait", EXTRA),
         ("GET", "/health?x", "x", EXTRA),
+        ("GET", "/?x=1", "x", EXTRA),
     ],
     ids=lambda value: value[:40],
 )
@@ -2366,6 +2442,27 @@ async def test_a_handler_that_came_later_is_left_alone() -> None:
     finally:
         signal.signal(signal.SIGINT, before)
         signal.signal(signal.SIGTERM, nothing)
+
+
+def test_a_handler_outlives_its_loop() -> None:
+    """Where the handler of a loop that has ended is still there, the server's own is called all the same."""
+    received: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: received.append(number))
+    try:
+        loop = VirtualLoop()
+
+        async def enter() -> contextlib.AbstractContextManager[None]:
+            manager = main.on_stop_signal(lambda: None)
+            manager.__enter__()
+            return manager
+
+        manager = loop.run_until_complete(enter())
+        loop.close()
+        signal.raise_signal(signal.SIGINT)
+        assert received == [signal.SIGINT]
+        manager.__exit__(None, None, None)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_in_another_thread_the_app_does_without_signals() -> None:
