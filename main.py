@@ -276,8 +276,7 @@ def json_copy(value: Any, *, allow_nan: bool = False) -> Any:
     are refused too; with `allow_nan` they pass, and are sent as null: a result with a hole in it is
     better than none.
     """
-    text = json.dumps(value, default=json_form, ensure_ascii=False)
-    return from_json(text.encode(), allow_inf_nan=allow_nan)
+    return from_json(json.dumps(value, default=json_form), allow_inf_nan=allow_nan)
 
 
 def printable(text: str) -> str:
