@@ -318,7 +318,6 @@ class UnavailableError(ManagerError):
     def __init__(self, detail: str, retry_after: int | None = None) -> None:
         """Take the reason, and after how many seconds a client may try again, if that is known."""
         super().__init__(detail)
-        self.detail = detail
         self.retry_after = retry_after
 
 
@@ -1304,10 +1303,10 @@ async def handle_error(request: Request, exc: Exception) -> Response:
             return problem(404, "There is no such task. It may have expired.")
         case TaskFinishedError(task=task):
             return problem(409, f"The task has already {task['status']}.", task=task)
-        case UnavailableError(detail=detail, retry_after=None):
-            return problem(503, detail)
-        case UnavailableError(detail=detail, retry_after=seconds):
-            return problem(503, detail, {"Retry-After": str(seconds)})
+        case UnavailableError(retry_after=None):
+            return problem(503, str(exc))
+        case UnavailableError(retry_after=seconds):
+            return problem(503, str(exc), {"Retry-After": str(seconds)})
         case _:
             return problem(500, "The server failed.")  # uvicorn logs the traceback
 

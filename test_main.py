@@ -2287,6 +2287,7 @@ def test_openapi_describes_all_that_can_be_sent_and_got() -> None:
                 assert declared.get("description"), f"{name}.{field}"
     for operation in operations().values():
         assert operation["summary"]
+        assert operation["tags"] == ["tasks"]
         assert operation.get("description") or sys.flags.optimize == 2  # -OO takes docstrings away
         for parameter in operation.get("parameters", []):
             assert parameter["name"] == "task_id" or parameter["description"]
@@ -2355,12 +2356,16 @@ def test_a_new_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     class More(Settings, frozen=True):
         greeting: str = "hello"
         shout: bool = False
+        ratio: float = 0.5
 
     monkeypatch.setenv("TASKS_GREETING", "hi")
     monkeypatch.setenv("TASKS_SHOUT", "yes")
     found = More.from_environment()
     assert isinstance(found, More)
     assert (found.greeting, found.shout) == ("hi", True)
+    monkeypatch.setenv("TASKS_RATIO", "nan")  # refused without a bound of its own
+    with pytest.raises(SystemExit, match="^TASKS_RATIO: "):
+        More.from_environment()
 
 
 @pytest.mark.parametrize("value", ["", "x", "nan", "inf", "-1", "1e10"])
