@@ -94,13 +94,13 @@ import math
 import os
 import signal
 import textwrap
-import threading
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from functools import lru_cache, partial
+from fractions import Fraction
+from functools import partial
 from http import HTTPStatus
 from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
@@ -148,8 +148,14 @@ Status = TypeAliasType(
     "Status",
     Literal["queued", "processing", "completed", "failed", "cancelled"],
 )
-Priority = TypeAliasType("Priority", Literal["high", "normal", "low"])
-ErrorCode = TypeAliasType("ErrorCode", Literal["task_failed", "timeout", "internal_error"])
+Priority = TypeAliasType(
+    "Priority",
+    Literal["high", "normal", "low"],
+)
+ErrorCode = TypeAliasType(
+    "ErrorCode",
+    Literal["task_failed", "timeout", "internal_error"],
+)
 
 STATUSES: tuple[Status, ...] = get_args(Status.__value__)
 
@@ -164,8 +170,14 @@ TRANSITIONS: Mapping[Status, tuple[Status, ...]] = {
 FINAL = frozenset(status for status in STATUSES if not TRANSITIONS[status])
 
 Parameters: TypeAlias = dict[str, Any]
-Timestamp: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
-TaskId: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+Timestamp: TypeAlias = Annotated[
+    str,
+    Field(json_schema_extra={"format": "date-time"}),
+]
+TaskId: TypeAlias = Annotated[
+    str,
+    Field(json_schema_extra={"format": "uuid"}),
+]
 
 documented = with_config(ConfigDict(use_attribute_docstrings=True))
 
@@ -257,7 +269,7 @@ def utc_now() -> datetime:
 
 def timestamp(moment: datetime) -> str:
     """Return a UTC date as RFC 3339 writes it, with six digits also where they are zero."""
-    return moment.replace(tzinfo=None).isoformat(timespec="microseconds") + "Z"
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def json_form(value: Any) -> Any:
@@ -276,7 +288,8 @@ def json_copy(value: Any, *, allow_nan: bool = False) -> Any:
     are refused too; with `allow_nan` they pass, and are sent as null: a result with a hole in it is
     better than none.
     """
-    return from_json(json.dumps(value, default=json_form), allow_inf_nan=allow_nan)
+    text = json.dumps(value, default=json_form)
+    return from_json(text, allow_inf_nan=allow_nan)
 
 
 def printable(text: str) -> str:
@@ -349,11 +362,8 @@ def traceback_text(exc: BaseException) -> str:
         ValueError: no such file: x
         INFO:     task 4711 completed                                  <-- forged by a client
     """
-    try:
-        text = "".join(traceback.format_exception(exc))
-    except BaseException:  # noqa: BLE001 - a broken exception shall not cost us the line of the log
-        text = f"{type(exc).__name__}, which cannot be printed"
-    return textwrap.indent(text, "| ")
+    lines = traceback.format_exception(exc)
+    return textwrap.indent("".join(lines), "| ")
 
 
 # ==================================================================================================
@@ -423,8 +433,9 @@ class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         except ValidationError as exc:
             lines = []
             for error in exc.errors():
-                name = str(error["loc"][0])
-                lines.append(f"{cls.variable_of(name)}: {error['msg']}")
+                variable = cls.variable_of(str(error["loc"][0]))
+                message = error["msg"]
+                lines.append(f"{variable}: {message}")
             raise SystemExit("\n".join(lines)) from None
 
     @staticmethod
@@ -468,27 +479,26 @@ class RateLimiter:
         #   both:      append theirs                                  <-- eleven in a minute
         self._lock = asyncio.Lock()
 
-    async def hit(self, key: str) -> bool:
-        """Count a request and return True; if there is no room, count nothing and return False."""
+    async def hit(self, key: str) -> int:
+        """Count a request and return 0.
+
+        If there is no room, count nothing, and return after how many seconds there is some.
+        """
         async with self._lock:
             hits = self._hits.setdefault(key, deque())
             moment = self._drop_old(hits)
-            if len(hits) >= self.limit:
-                return False
-            hits.append(moment)
-            return True
+            if len(hits) < self.limit:
+                hits.append(moment)
+                return 0
+            return self._reset(hits, moment)
 
     async def quota(self, key: str) -> tuple[int, int]:
         """Return how many requests `key` has left, and in how many seconds there is one more."""
         async with self._lock:
             hits = self._hits.get(key, deque())
             moment = self._drop_old(hits)
-            if not hits:
-                return self.limit, 0
-            # Rounded up, or the client would come too early. Where floats make this a hair more
-            # than the window, `ceil` makes it a whole second more: hence `min`.
-            reset = math.ceil(hits[0] + self.window - moment)
-            return self.limit - len(hits), min(reset, self.window)
+            left = self.limit - len(hits)
+            return left, self._reset(hits, moment)
 
     async def sweep(self) -> None:
         """Forget the keys that have gone quiet: an empty deque costs nearly a kilobyte."""
@@ -501,11 +511,20 @@ class RateLimiter:
     def _drop_old(self, hits: deque[float]) -> float:
         """Remove the times that have left the window by now; return what now is."""
         moment = now()
-        # `hits[0] + window`, as in `quota`. `hits[0] <= now() - window` means the same, but floats may
-        # round it the other way, and refuse a client that has waited as long as it was told.
+        # `hits[0] + window`, as in `_reset`. `hits[0] <= now() - window` means the same, but floats
+        # may round it the other way, and refuse a client that has waited as long as it was told.
         while hits and hits[0] + self.window <= moment:
             hits.popleft()
         return moment
+
+    def _reset(self, hits: deque[float], moment: float) -> int:
+        """Return in how many seconds the oldest time leaves the window; 0 if there is none."""
+        if not hits:
+            return 0
+        # Rounded up, or the client would come too early. Where floats make this a hair more than
+        # the window, `ceil` makes it a whole second more: hence `min`.
+        seconds = hits[0] + self.window - moment
+        return min(math.ceil(seconds), self.window)
 
 
 # ==================================================================================================
@@ -532,7 +551,11 @@ Entry: TypeAlias = tuple[float, int, str]
 """Due time, sequence number, id of the task. No two entries have the same sequence number, so a
 tie in the due time is first come first served, and a comparison never gets to the ids."""
 
-PRIORITY_STEPS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
+PRIORITY_STEPS: Mapping[Priority, int] = {
+    "high": 0,
+    "normal": 1,
+    "low": 2,
+}
 
 
 class TaskQueue(asyncio.PriorityQueue[Entry]):
@@ -600,7 +623,12 @@ class TaskManager:
 
     # --- What clients ask for ---------------------------------------------------------------------
 
-    def submit(self, task_type: str, parameters: Parameters, priority: Priority = "normal") -> Task:
+    def submit(
+        self,
+        task_type: str,
+        parameters: Parameters,
+        priority: Priority = "normal",
+    ) -> Task:
         """Queue a task and return its record.
 
         Raise InvalidParametersError or UnavailableError; then no trace of the task is left.
@@ -612,7 +640,8 @@ class TaskManager:
             raise InvalidParametersError("The parameters cannot be stored as JSON.") from exc
         task = self._new_record(task_type, parameters, priority)
         task_id = task["task_id"]
-        due = now() + PRIORITY_STEPS[priority] * self._settings.priority_step
+        steps = PRIORITY_STEPS[priority]
+        due = now() + steps * self._settings.priority_step
         # One stretch (R1): no worker can take the entry before the record is there.
         self._queue.put_nowait((due, next(self._sequence), task_id))
         self._tasks[task_id] = task
@@ -629,7 +658,8 @@ class TaskManager:
         if len(self._tasks) >= self._settings.max_tasks:
             retry_after = RETRY_AFTER
             if self._finished:
-                retry_after = max(1, math.ceil(self._finished[0][0] - now()))
+                removal, _ = self._finished[0]
+                retry_after = max(1, math.ceil(removal - now()))
             raise UnavailableError("No more tasks can be kept.", retry_after)
 
     def _check_workers(self) -> None:
@@ -718,8 +748,14 @@ class TaskManager:
         return {
             "status": "ok",
             "tasks": self._counts.copy(),
-            "queue": {"size": self._queue.qsize(), "capacity": self._settings.queue_size},
-            "workers": {"busy": self._busy, "total": self._settings.workers},
+            "queue": {
+                "size": self._queue.qsize(),
+                "capacity": self._settings.queue_size,
+            },
+            "workers": {
+                "busy": self._busy,
+                "total": self._settings.workers,
+            },
         }
 
     def cancel(self, task_id: str) -> Task:
@@ -750,8 +786,9 @@ class TaskManager:
     async def working(self) -> AsyncIterator[None]:
         """Run the workers during the body of an `async with`; after it, every task is final."""
         self._open = True
-        count = self._settings.workers
-        workers = [asyncio.create_task(self._worker()) for _ in range(count)]
+        workers = []
+        for _ in range(self._settings.workers):
+            workers.append(asyncio.create_task(self._worker()))
         supervisor = asyncio.create_task(self._supervise(workers))
         try:
             yield
@@ -769,13 +806,11 @@ class TaskManager:
         """
         try:
             await asyncio.gather(*workers)
-        except asyncio.CancelledError:
-            # `gather` raises this when it is cancelled itself, and also when one of its workers is.
-            # The first is done by `_stop`, which sets `_open` to False before it cancels anything.
+        except BaseException:
+            # Also CancelledError, which `gather` raises when one of its workers was cancelled, and
+            # when it is cancelled itself. The second is done by `_stop`, which sets `_open` before.
             if not self._open:
                 raise
-            log.critical("a worker was cancelled from outside, so all stop")
-        except BaseException:
             log.critical("a worker died, so all stop", exc_info=True)
         # The others must be stopped too, since `gather` raises the first failure and lets them go on:
         #
@@ -882,12 +917,10 @@ class TaskManager:
                 await self._simulate(5, report)
                 return exact_sum(parameters["numbers"])
             case "generate_report":
-                title, sections = parameters["title"], parameters["sections"]
+                title = parameters["title"]
+                sections = parameters["sections"]
                 await self._simulate(5 * sections, report)
-                lines = [title]
-                for number in range(1, sections + 1):
-                    lines.append(f"Section {number} of {sections}")
-                return "\n".join(lines)
+                return f"{title}\nSections: {sections}"
             case "simulate_failure":
                 await self._simulate(5, report)
                 raise TaskFailedError(parameters["message"])
@@ -904,7 +937,8 @@ class TaskManager:
     def _report(self, task: Task, percent: float) -> None:
         """Set the progress of a task that is processing. It never falls; only the end sets 100."""
         if task["status"] == "processing":
-            task["progress"] = max(task["progress"], int(min(percent, 99)))
+            whole_percent = int(min(percent, 99))
+            task["progress"] = max(task["progress"], whole_percent)
 
     def _fail(self, task: Task, exc: BaseException) -> None:
         """Mark a task as failed by an exception, and log what the client is not told."""
@@ -912,16 +946,21 @@ class TaskManager:
             error = classify_failure(exc)
         except BaseException:  # noqa: BLE001 - the words of an exception may raise anything
             error = classify_failure(Exception())
-        failed_now = self._change_status(task, "failed", error=error)
-        # If the record was final already, the CancelledError was asked for, and is not logged.
-        wanted = isinstance(exc, asyncio.CancelledError) and not failed_now
-        if error["code"] == "internal_error" and not wanted:
+        if task["status"] in FINAL and isinstance(exc, asyncio.CancelledError):
+            return  # it was asked for
+        self._change_status(task, "failed", error=error)
+        if error["code"] == "internal_error":
             log.error("task %s: unexpected end\n%s", task["task_id"], traceback_text(exc))
 
     # --- The status, and the end ------------------------------------------------------------------
 
     def _change_status(
-        self, task: Task, status: Status, *, result: Any = None, error: TaskError | None = None
+        self,
+        task: Task,
+        status: Status,
+        *,
+        result: Any = None,
+        error: TaskError | None = None,
     ) -> bool:
         """Change a status, with all that goes with it, and wake those who wait for it (R2).
 
@@ -933,21 +972,19 @@ class TaskManager:
         self._counts[task["status"]] -= 1
         self._counts[status] += 1
         task["status"] = status
-        reason = ""
         match status:
             case "processing":
                 task["started_at"] = timestamp(utc_now())
             case "completed":
                 task["result"] = result
                 task["progress"] = 100
-            case "failed" if error is not None:
+            case "failed":
                 task["error"] = error
-                # `!r` keeps a line break in the message from forging a line of the log.
-                reason = f": {error['code']}, {error['message']!r}"
         if status in FINAL:
             self._keep_for_a_while(task)
         self._wake(task["task_id"])
-        log.info("task %s %s%s", task["task_id"], status, reason)
+        # A dict shows its strings as `repr` does: no line break in them can forge a line of the log.
+        log.info("task %s %s %s", task["task_id"], status, error or "")
         return True
 
     def _wake(self, task_id: str) -> None:
@@ -984,21 +1021,15 @@ class TaskManager:
 
 
 def exact_sum(numbers: list[float]) -> float:
-    """Return the sum: of integers an integer, else a float, correct to its last digit.
+    """Return the sum: of integers an integer, else a float that is correct to its last digit.
 
-    `math.fsum` rounds once, at the end, so the order does not matter. But it first makes a float of
-    each integer, which rounds those beyond 2**53. So the integers are added apart, and their sum is
-    handed to `fsum` in parts that floats hold exactly.
+    A float is a fraction, so fractions add up exactly, in every order, and only the end is rounded.
+    (`math.fsum` does so too, but first makes a float of each integer, and rounds those beyond 2**53.)
     """
-    floats = [number for number in numbers if isinstance(number, float)]
-    integer_sum = sum(number for number in numbers if isinstance(number, int))
-    if not floats:
-        return integer_sum
-    while integer_sum:
-        part = float(integer_sum)
-        floats.append(part)
-        integer_sum -= int(part)
-    return math.fsum(floats)
+    total = sum(Fraction(number) for number in numbers)
+    if all(isinstance(number, int) for number in numbers):
+        return int(total)
+    return float(total)
 
 
 # ==================================================================================================
@@ -1203,7 +1234,9 @@ class Problem(TypedDict):
 # becomes which; it says where a request is wrong, and never repeats at length what was in it.
 # ==================================================================================================
 
+PROBLEM_JSON = "application/problem+json"
 INVALID = "The request is not valid."
+NOT_FOUND = "There is no such task. It may have expired."
 NO_STORE = {"Cache-Control": "no-store"}  # a status is out of date a second later
 
 JsonObject: TypeAlias = dict[str, Any]
@@ -1230,7 +1263,7 @@ def problem_body(status: int, detail: str, **members: Any) -> JsonObject:
 def problem(status: int, detail: str, headers: Fields = NO_FIELDS, **members: Any) -> Response:
     """Return an error answer; `headers` are further fields, `members` as in `problem_body`."""
     body = encode(problem_body(status, detail, **members))
-    return Response(body, status, {**NO_STORE, **headers}, "application/problem+json")
+    return Response(body, status, {**NO_STORE, **headers}, PROBLEM_JSON)
 
 
 def json_pointer(path: list[int | str]) -> str:
@@ -1300,7 +1333,7 @@ async def handle_error(request: Request, exc: Exception) -> Response:
             item = {"detail": str(exc), "pointer": "#/parameters"}
             return problem(400, INVALID, errors=[item])
         case TaskNotFoundError():
-            return problem(404, "There is no such task. It may have expired.")
+            return problem(404, NOT_FOUND)
         case TaskFinishedError(task=task):
             return problem(409, f"The task has already {task['status']}.", task=task)
         case UnavailableError(retry_after=None):
@@ -1360,23 +1393,19 @@ FREE_PATHS = frozenset({"/", "/docs", "/redoc", "/openapi.json", "/health"})  # 
 
 
 class HeadMiddleware:
-    """Answers HEAD as GET is answered, without the body (RFC 9110, section 9.3.2)."""
+    """Answers HEAD as GET is answered (RFC 9110, section 9.3.2).
+
+    The server leaves out the body: it goes by its own scope, which still says HEAD.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a HEAD on as a GET."""
-
-        async def send_without_body(message: Message) -> None:
-            if message["type"] == "http.response.body":
-                message = {**message, "body": b""}
-            await send(message)
-
         if scope["type"] == "http" and scope["method"] == "HEAD":
-            await self._app({**scope, "method": "GET"}, receive, send_without_body)
-        else:
-            await self._app(scope, receive, send)
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 class RateLimitMiddleware:
@@ -1406,12 +1435,11 @@ class RateLimitMiddleware:
                 await self._add_fields(MutableHeaders(scope=message), key)
             await send(message)
 
-        if await self._limiter.hit(key):
+        seconds = await self._limiter.hit(key)
+        if seconds == 0:
             await self._app(scope, receive, send_with_fields)
         else:
-            _, reset = await self._limiter.quota(key)
-            reset = max(1, reset)  # it may have got room in this very moment
-            refusal = problem(429, f"Try again in {reset} s.", {"Retry-After": str(reset)})
+            refusal = problem(429, f"Try again in {seconds} s.", {"Retry-After": str(seconds)})
             await refusal(scope, receive, send_with_fields)
 
     async def _add_fields(self, headers: MutableHeaders, key: str) -> None:
@@ -1431,7 +1459,6 @@ def path_of(scope: Scope) -> str:
     return rest if rest.startswith("/") else path
 
 
-@lru_cache(maxsize=256)  # to parse an address takes longer than all the rest of the counting
 def client_key(host: str) -> str:
     """Return the limiter's key for the address of a client."""
     try:
@@ -1459,17 +1486,16 @@ class BodyLimitMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        # Nobody reads the body of a GET. But a stream listens on `receive` for its client to leave;
-        # there a 413 would break an answer that has begun. And the first `receive` makes uvicorn tell
-        # a client that has sent `Expect: 100-continue` to go on, so it must not come to that.
-        reads_body = scope["method"] != "GET"
-        if (reads_body or "Expect" in headers) and self._declares_too_much(headers):
+        if self._declares_too_much(Headers(scope=scope)):
+            # Before the first `receive`, which makes uvicorn tell a client that has sent
+            # `Expect: 100-continue` to go on.
             await problem(413, self._detail)(scope, receive, send)
-        elif reads_body:
-            await self._app(scope, self._bounded(receive), send)
-        else:
+        elif scope["method"] == "GET":
+            # Nobody reads the body of a GET. But a stream listens on `receive` for its client to
+            # leave, and there a 413 would break an answer that has begun.
             await self._app(scope, receive, send)
+        else:
+            await self._app(scope, self._bounded(receive), send)
 
     def _declares_too_much(self, headers: Headers) -> bool:
         """Return whether the Content-Length is too large; one that is no number says nothing."""
@@ -1544,8 +1570,6 @@ async def stream_tasks(
 # OpenAPI document; answers are not validated against it, since mypy has checked the records.
 # ==================================================================================================
 
-SCHEMAS = "#/components/schemas/{model}"
-ANSWER_MODELS = (Accepted, Task, Health, Problem)
 LIMIT_FIELDS: JsonObject = {
     "RateLimit": {
         "description": "What you have left: `r` requests; in `t` seconds there is one more.",
@@ -1562,17 +1586,11 @@ RETRY_FIELD: JsonObject = {
         "schema": {"type": "integer", "minimum": 1, "example": 42},
     },
 }
-LOCATION_FIELD = {"description": "The path of the task.", "schema": {"type": "string"}}
-
-# When an error comes, and what its `detail` says then.
-PROBLEMS = {
-    400: ("The request is wrong: `errors` says where.", INVALID),
-    404: ("There is no such task, or no longer.", "There is no such task. It may have expired."),
-    409: ("It is too late to cancel the task.", "The task has already completed."),
-    413: ("The body is too long.", "The body is longer than 65536 bytes."),
-    429: ("You have sent too many requests.", "Try again in 42 s."),
-    500: ("Any other error.", "The server failed."),
-    503: ("There is no room for a task, or nobody to work on it.", "No workers are running."),
+LOCATION_FIELD: JsonObject = {
+    "Location": {
+        "description": "The path of the task.",
+        "schema": {"type": "string"},
+    },
 }
 EXAMPLE_TASK: Task = {
     "task_id": "2667d366-af2b-4988-974f-cba005fa3340",
@@ -1588,8 +1606,6 @@ EXAMPLE_TASK: Task = {
     "finished_at": "2026-01-01T12:00:05.011307Z",
     "expires_at": "2026-01-01T12:10:05.011307Z",
 }
-EXAMPLE_ACCEPTED = {"task_id": EXAMPLE_TASK["task_id"], "status": "queued"}
-EXAMPLE_CANCELLED = {**EXAMPLE_TASK, "status": "cancelled", "progress": 90, "result": None}
 EXAMPLE_HEALTH: Health = {
     "status": "ok",
     "tasks": {"queued": 3, "processing": 5, "completed": 40, "failed": 1, "cancelled": 2},
@@ -1597,49 +1613,69 @@ EXAMPLE_HEALTH: Health = {
     "workers": {"busy": 5, "total": 5},
 }
 EXAMPLE_ITEM = {"detail": "Extra inputs are not permitted", "pointer": "dry_run"}
-EXAMPLE_MEMBERS: dict[int, JsonObject] = {
-    400: {"errors": [EXAMPLE_ITEM]},
-    409: {"task": EXAMPLE_TASK},
+
+# An example of each error; "default" stands for those that have no entry here.
+EXAMPLE_PROBLEMS: Mapping[str, JsonObject] = {
+    "400": problem_body(400, INVALID, errors=[EXAMPLE_ITEM]),
+    "404": problem_body(404, NOT_FOUND),
+    "409": problem_body(409, "The task has already completed.", task=EXAMPLE_TASK),
+    "413": problem_body(413, "The body is longer than 65536 bytes."),
+    "429": problem_body(429, "Try again in 42 s."),
+    "503": problem_body(503, "No workers are running."),
+    "default": problem_body(500, "The server failed."),
+}
+SCHEMAS = "#/components/schemas/"
+
+
+def answer_with(schema: JsonObject, media_type: str = "application/json") -> JsonObject:
+    """Return what the OpenAPI document is to say of an answer.
+
+    FastAPI would make this of `{"model": Task}`, but always as `application/json`, and would build
+    a validator for each, which nobody needs.
+    """
+    return {"content": {media_type: {"schema": schema}}}
+
+
+ACCEPTED = answer_with({"$ref": SCHEMAS + "Accepted"})
+ONE_TASK = answer_with({"$ref": SCHEMAS + "Task"})
+TASK_LIST = answer_with({"type": "array", "items": {"$ref": SCHEMAS + "Task"}})
+HEALTH = answer_with({"$ref": SCHEMAS + "Health"})
+REFUSAL = answer_with({"$ref": SCHEMAS + "Problem"}, PROBLEM_JSON)
+
+# All routes have these. Without a `default` FastAPI would document the 422 that it answers of itself.
+COMMON_REFUSALS: dict[int | str, JsonObject] = {
+    400: REFUSAL,
+    "default": REFUSAL,
 }
 
 
-def documented_answers(
-    success: int, schema: str, example: Any, *errors: int, **fields: Any
-) -> dict[int | str, JsonObject]:
-    """Return what the OpenAPI document is to say of a route's answers.
-
-    `success` has the schema of that name, or a list of them if the example is one; `errors` are
-    keys of PROBLEMS, with 429 if the route is limited; `fields` are header fields of the success,
-    beside those of the rate limit.
-    """
-    limit_fields = LIMIT_FIELDS if 429 in errors else {}
-    body: JsonObject = {"$ref": SCHEMAS.format(model=schema)}
-    if isinstance(example, list):
-        body = {"type": "array", "items": body}
-    documents: dict[int | str, JsonObject] = {
-        success: {
-            "headers": limit_fields | fields,
-            "content": {"application/json": {"schema": body, "example": example}},
-        }
-    }
-    for status in errors:
-        documents[status] = documented_problem(status, limit_fields)
-    # Without a `default` FastAPI would document the 422 that it answers of itself.
-    documents["default"] = documented_problem(500, limit_fields)
-    return documents
+def complete_document(document: JsonObject) -> None:
+    """Add to the OpenAPI document what FastAPI cannot be told by declarations."""
+    answers = TypeAdapter[Any](Accepted | Task | Health | Problem)
+    schemas = answers.json_schema(ref_template=SCHEMAS + "{model}")["$defs"]
+    schemas["Task"]["example"] = EXAMPLE_TASK
+    schemas["Health"]["example"] = EXAMPLE_HEALTH
+    document["components"]["schemas"] |= schemas
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            for status, answer in operation["responses"].items():
+                complete_answer(answer, status, limited=path not in FREE_PATHS)
+    document["security"] = []  # nobody needs a key
 
 
-def documented_problem(status: int, limit_fields: JsonObject) -> JsonObject:
-    """Return what the OpenAPI document is to say of an error."""
-    description, detail = PROBLEMS[status]
-    example = problem_body(status, detail, **EXAMPLE_MEMBERS.get(status, {}))
-    schema = {"$ref": SCHEMAS.format(model="Problem")}
-    retry_field = RETRY_FIELD if limit_fields and status in (429, 503) else {}
-    return {
-        "description": description,
-        "headers": limit_fields | retry_field,
-        "content": {"application/problem+json": {"schema": schema, "example": example}},
-    }
+def complete_answer(answer: JsonObject, status: str, *, limited: bool) -> None:
+    """Add the header fields of an answer, and the example of an error."""
+    fields: JsonObject = {}
+    if limited:
+        fields |= LIMIT_FIELDS
+        if status in ("429", "503"):
+            fields |= RETRY_FIELD
+    if status == "202":
+        fields |= LOCATION_FIELD
+    answer["headers"] = fields
+    content = answer.get("content", {})
+    if PROBLEM_JSON in content and status in EXAMPLE_PROBLEMS:
+        content[PROBLEM_JSON]["example"] = EXAMPLE_PROBLEMS[status]
 
 
 def json_answer(value: Any, status: int = 200, headers: Fields = NO_FIELDS) -> Response:
@@ -1659,9 +1695,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
     @app.post(
         "/tasks",
         status_code=202,
-        responses=documented_answers(
-            202, "Accepted", EXAMPLE_ACCEPTED, 400, 413, 429, 503, Location=LOCATION_FIELD
-        ),
+        responses={202: ACCEPTED, 413: REFUSAL, 429: REFUSAL, 503: REFUSAL},
     )
     async def submit_task(
         submission: Submission, query: NoQueryArguments, request: Request
@@ -1673,19 +1707,13 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         accepted = {"task_id": task["task_id"], "status": task["status"]}
         return json_answer(accepted, 202, {"Location": f"{root}/tasks/{task['task_id']}"})
 
-    @app.get(
-        "/tasks",
-        responses=documented_answers(200, "Task", [EXAMPLE_TASK], 400, 429),
-    )
+    @app.get("/tasks", responses={200: TASK_LIST, 429: REFUSAL})
     async def list_tasks(query: ListArguments) -> Response:
         """List the tasks, oldest first."""
         lines = stream_tasks(manager, query.status, query.limit)
         return StreamingResponse(lines, headers=NO_STORE, media_type="application/json")
 
-    @app.get(
-        "/tasks/{task_id}",
-        responses=documented_answers(200, "Task", EXAMPLE_TASK, 400, 404, 429),
-    )
+    @app.get("/tasks/{task_id}", responses={200: ONE_TASK, 404: REFUSAL, 429: REFUSAL})
     async def get_task(task_id: UUID, query: PollArguments) -> Response:
         """Return a task: at once, or with `wait=true` when its status changes."""
         if query.wait:
@@ -1694,16 +1722,13 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 
     @app.delete(
         "/tasks/{task_id}",
-        responses=documented_answers(200, "Task", EXAMPLE_CANCELLED, 400, 404, 409, 429),
+        responses={200: ONE_TASK, 404: REFUSAL, 409: REFUSAL, 429: REFUSAL},
     )
     async def cancel_task(task_id: UUID, query: NoQueryArguments) -> Response:
         """Cancel a task; twice is no error. It can still be asked for until its `expires_at`."""
         return json_answer(manager.cancel(str(task_id)))
 
-    @app.get(
-        "/health",
-        responses=documented_answers(200, "Health", EXAMPLE_HEALTH, 400, 503),
-    )
+    @app.get("/health", responses={200: HEALTH, 503: REFUSAL})
     async def health(query: NoQueryArguments) -> Response:
         """Count tasks, places and workers. Not limited."""
         return json_answer(manager.health())
@@ -1717,8 +1742,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 # The app
 #
 # `create_app` makes one world: a manager, a limiter, an app that knows both. No code uses a global
-# that changes (the cache of `client_key` apart, which changes no answer), so two apps in one process
-# do not touch, and each test has its own.
+# that changes, so two apps in one process do not touch, and each test has its own.
 #
 # The lifespan owns what runs in the background. What happens on Ctrl-C or SIGTERM, step by step:
 #
@@ -1761,24 +1785,22 @@ def on_stop_signal(callback: Callable[[], None]) -> Iterator[None]:
 
     A server tells the lifespan of a stop only after it has sent all answers, and a poll that is
     held would delay that. So this puts a handler before the server's, and calls that one too. Where
-    it cannot (no handler is set, or this is not the main thread), polls are just held to their end.
+    no handler is set, or this is not the main thread, polls are just held to their end.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
     loop = asyncio.get_running_loop()
     former: dict[int, Handler] = {}
 
     def handle(signum: int, frame: FrameType | None) -> None:
-        with suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(callback)  # a handler may interrupt the loop anywhere
+        # Not called right here: a handler may interrupt the loop anywhere.
+        loop.call_soon_threadsafe(callback)
         former[signum](signum, frame)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        handler = signal.getsignal(signum)
-        if callable(handler):
-            former[signum] = handler
-            signal.signal(signum, handle)
+    with suppress(ValueError):  # which `signal.signal` raises outside of the main thread
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(signum)
+            if callable(handler):
+                former[signum] = handler
+                signal.signal(signum, handle)
     try:
         yield
     finally:
@@ -1793,28 +1815,19 @@ async def timer(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
         await asyncio.sleep(seconds)
         try:
             await job()
-        except asyncio.CancelledError:
-            raise  # as in a worker: caught, it would keep the timer from ever ending
-        except BaseException:
-            # Without this the timer would be dead from now on, and nobody would see it.
+        except Exception:
+            # Without this the timer would be dead from now on, and nobody would see it. (It does not
+            # catch CancelledError, which is no Exception: or the timer would never end.)
             log.exception("a round of %s failed", job.__qualname__)
 
 
 @asynccontextmanager
 async def background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Run a coroutine beside the body of an `async with`; then cancel it and wait for its end."""
-    stopping = False
-
-    def report_end(asyncio_task: asyncio.Task[None]) -> None:
-        if not stopping:
-            log.critical("%r has ended before the stop", asyncio_task)
-
     asyncio_task = asyncio.create_task(coroutine)
-    asyncio_task.add_done_callback(report_end)
     try:
         yield
     finally:
-        stopping = True  # first mark, then cancel, as in R3
         asyncio_task.cancel()
         # Without this the event loop may end first: "Task was destroyed but it is pending!"
         await asyncio.wait({asyncio_task})
@@ -1833,28 +1846,12 @@ class TaskApp(FastAPI):
         return HeadMiddleware(app)
 
     def openapi(self) -> JsonObject:
-        """Return the OpenAPI document, with the schemas that `documented_answers` refers to."""
-        if self.openapi_schema is not None:
-            return self.openapi_schema
-        document = super().openapi()  # kept in `openapi_schema` too; below it is changed in place
-        schemas = document["components"]["schemas"]
-        for model in ANSWER_MODELS:
-            schema = TypeAdapter[Any](model).json_schema(ref_template=SCHEMAS)
-            schemas |= schema.pop("$defs", {})
-            schemas[model.__name__] = schema
-        for route in self.routes:
-            if isinstance(route, JsonRoute) and route.include_in_schema:
-                self._restore_nulls(document["paths"][route.path], route)
-        document["security"] = []  # nobody needs a key
+        """Return the OpenAPI document, which is made once."""
+        is_new = self.openapi_schema is None
+        document = super().openapi()
+        if is_new:
+            complete_document(document)
         return document
-
-    @staticmethod
-    def _restore_nulls(path: JsonObject, route: JsonRoute) -> None:
-        """Put a route's answers into its path once more: FastAPI leaves out what is null in them."""
-        for method in route.methods or ():
-            answers = path[method.lower()]["responses"]
-            for status, answer in route.responses.items():
-                answers[str(status)] |= answer
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -1879,6 +1876,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=DESCRIPTION,
         version="2.0.0",
         lifespan=lifespan,
+        responses=COMMON_REFUSALS,
         openapi_tags=[{"name": "tasks", "description": "Submit, poll, list, cancel, count."}],
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,  # the redirect would repeat the Host header, which is the client's
