@@ -958,7 +958,6 @@ class TaskManager:
         self,
         task: Task,
         status: Status,
-        *,
         result: Any = None,
         error: TaskError | None = None,
     ) -> bool:
@@ -1566,24 +1565,25 @@ async def stream_tasks(
 # Routes
 #
 # They translate: a request into a call of the manager, and what it returns into an answer. What the
-# manager raises goes past them to `handle_error`. The first half of this section is data for the
-# OpenAPI document; answers are not validated against it, since mypy has checked the records.
+# manager raises goes past them to `handle_error`. Answers are not validated: mypy has checked them.
 # ==================================================================================================
+
+# --- What the OpenAPI document says of the answers: data, to be skipped at first ------------------
 
 LIMIT_FIELDS: JsonObject = {
     "RateLimit": {
-        "description": "What you have left: `r` requests; in `t` seconds there is one more.",
-        "schema": {"type": "string", "example": '"default";r=7;t=42'},
+        "description": '`"default";r=7;t=42`: you have 7 requests left; in 42 s there is one more.',
+        "schema": {"type": "string"},
     },
     "RateLimit-Policy": {
-        "description": "What you have in all: `q` requests in any `w` seconds.",
-        "schema": {"type": "string", "example": '"default";q=10;w=60'},
+        "description": '`"default";q=10;w=60`: you have 10 requests in any 60 seconds.',
+        "schema": {"type": "string"},
     },
 }
 RETRY_FIELD: JsonObject = {
     "Retry-After": {
         "description": "In how many seconds to try again, if that is known.",
-        "schema": {"type": "integer", "minimum": 1, "example": 42},
+        "schema": {"type": "integer", "minimum": 1},
     },
 }
 LOCATION_FIELD: JsonObject = {
@@ -1678,9 +1678,12 @@ def complete_answer(answer: JsonObject, status: str, *, limited: bool) -> None:
         content[PROBLEM_JSON]["example"] = EXAMPLE_PROBLEMS[status]
 
 
-def json_answer(value: Any, status: int = 200, headers: Fields = NO_FIELDS) -> Response:
+# --- The routes themselves ------------------------------------------------------------------------
+
+
+def json_answer(value: Any, status: int = 200) -> Response:
     """Return `value` as a JSON answer that nobody may cache."""
-    return Response(encode(value), status, {**NO_STORE, **headers}, "application/json")
+    return Response(encode(value), status, NO_STORE, "application/json")
 
 
 def root_of(request: Request) -> str:
@@ -1701,11 +1704,14 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         submission: Submission, query: NoQueryArguments, request: Request
     ) -> Response:
         """Queue a task. Poll it at `Location`."""
-        root = root_of(request)
+        prefix = root_of(request)
         parameters = submission.parameters.model_dump()
         task = manager.submit(submission.task_type, parameters, submission.priority)
-        accepted = {"task_id": task["task_id"], "status": task["status"]}
-        return json_answer(accepted, 202, {"Location": f"{root}/tasks/{task['task_id']}"})
+        task_id = task["task_id"]
+        accepted: Accepted = {"task_id": task_id, "status": "queued"}
+        answer = json_answer(accepted, 202)
+        answer.headers["Location"] = f"{prefix}/tasks/{task_id}"
+        return answer
 
     @app.get("/tasks", responses={200: TASK_LIST, 429: REFUSAL})
     async def list_tasks(query: ListArguments) -> Response:
@@ -1722,6 +1728,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 
     @app.delete(
         "/tasks/{task_id}",
+        response_description="The task, which is cancelled now.",
         responses={200: ONE_TASK, 404: REFUSAL, 409: REFUSAL, 429: REFUSAL},
     )
     async def cancel_task(task_id: UUID, query: NoQueryArguments) -> Response:
