@@ -25,7 +25,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from datetime import datetime, timedelta, timezone
 from http import HTTPStatus
 from pathlib import Path
@@ -92,13 +92,17 @@ async def test_five_seconds_without_the_seconds(monkeypatch: pytest.MonkeyPatch)
 # and everything is exact: a test can look at the instant before, at, and after.
 
 
+Ready: TypeAlias = list[tuple[selectors.SelectorKey, int]]
+START = 1000.0  # where the virtual clock begins: some moment that is not 0
+
+
 class JumpingSelector(selectors.SelectSelector):
     """In place of waiting for the next timer, it moves the loop's clock there."""
 
     loop: "VirtualLoop"
     turns = 0  # of the loop since the time has moved
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+    def select(self, timeout: float | None = None) -> Ready:
         """Return what is ready; if that is nothing, let virtual time pass, or real time for I/O."""
         self.loop.shuffle_ready()
         self.turns += 1
@@ -127,8 +131,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop with a clock of its own; with a seed, what is ready runs in a random order."""
 
     def __init__(self, seed: int | None = None) -> None:
-        """Start the clock at some moment that is not 0."""
-        self.moment = 1000.0
+        """Start the clock."""
+        self.moment = START
         self.in_threads = 0
         self._generator = random.Random(seed) if seed is not None else None
         selector = JumpingSelector()
@@ -174,6 +178,21 @@ class Sleeper:
         return await real_sleep(delay, result)
 
 
+BEGIN = datetime(2026, 1, 1, tzinfo=timezone.utc)
+real_utc_now = main.utc_now
+
+
+def virtual_utc_now() -> datetime:
+    """Stand in for `main.utc_now`: the wall clock goes with the loop's."""
+    return BEGIN + timedelta(seconds=main.now() - START)
+
+
+def second(timestamp: str) -> float:
+    """Return how long after the start of the test a date of a record is."""
+    date = datetime.strptime(timestamp, "%Y-%m-%dT%H:%M:%S.%f%z")
+    return (date - BEGIN).total_seconds()
+
+
 @pytest.fixture
 def anyio_backend() -> tuple[str, dict[str, Any]]:
     """Give anyio's plugin the virtual loop."""
@@ -182,9 +201,10 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 
 @pytest.fixture(autouse=True)
 def sleeper(monkeypatch: pytest.MonkeyPatch) -> Sleeper:
-    """Patch `asyncio.sleep` in every test."""
+    """Patch `asyncio.sleep` and the wall clock in every test."""
     sleeper = Sleeper()
     monkeypatch.setattr(asyncio, "sleep", sleeper)
+    monkeypatch.setattr(main, "utc_now", virtual_utc_now)
     return sleeper
 
 
@@ -213,11 +233,13 @@ NOBODY = "00000000-0000-4000-8000-000000000000"
 EXAMPLES: dict[str, Json] = {
     model.example["task_type"]: model.example for model in main.SUBMISSION_MODELS
 }
+SUM = EXAMPLES["compute_sum"]
+SLOW: Json = {"parameters": {"title": "T", "sections": 6}}  # a generate_report of 30 s
 KNOCK = "/nowhere"  # a path that nobody will exempt from the limit
+
 # Three levels of priority, each a step from the next; the second is the default.
 PRIORITIES: tuple[main.Priority, ...] = ("high", "normal", "low")
 HIGH, NORMAL, LOW = PRIORITIES
-SLOW: Json = {"parameters": {"title": "T", "sections": 6}}  # a generate_report of 30 s
 
 
 class World:
@@ -227,10 +249,10 @@ class World:
         """Take an app, and what is to be done as the work of every task."""
         self.app = app
         self.manager: TaskManager = app.state.manager
-        if work is not None:
-            self.use(work)
         self.limiter: main.RateLimiter = app.state.limiter
         self.http = self.client("10.0.0.1")
+        if work is not None:
+            self.use(work)
 
     def use(self, work: Job) -> None:
         """Let `work` be the work of every task."""
@@ -248,7 +270,8 @@ class World:
 
     async def post(self, task_type: str = "compute_sum", **fields: Any) -> httpx.Response:
         """Submit the example of that type, with some fields changed."""
-        return await self.http.post("/tasks", json={**EXAMPLES[task_type], **fields})
+        submission = EXAMPLES[task_type] | fields
+        return await self.http.post("/tasks", json=submission)
 
     async def submit(self, task_type: str = "compute_sum", **fields: Any) -> str:
         """Submit a task and return its id."""
@@ -264,7 +287,8 @@ class World:
 
     async def status(self, task_id: str) -> str:
         """Return the status of a task."""
-        return str((await self.get(task_id))["status"])
+        task = await self.get(task_id)
+        return str(task["status"])
 
     async def final(self, task_id: str) -> Json:
         """Poll a task until it is final."""
@@ -289,31 +313,26 @@ class World:
         assert answer.status_code == 200, answer.text
         return list(answer.json())
 
+    async def chunks(self, status: Status | None = None) -> list[bytes]:
+        """Return the parts in which a list is sent."""
+        stream = main.stream_tasks(self.manager, status, None)
+        return [chunk async for chunk in stream]
+
     async def health(self) -> Json:
         """Return what /health says."""
-        return dict((await self.http.get("/health")).json())
+        answer = await self.http.get("/health")
+        return dict(answer.json())
 
     def enqueue(self, count: int = 1) -> list[Task]:
         """Submit sums past HTTP, and return their records."""
-        parameters = EXAMPLES["compute_sum"]["parameters"]
-        return [self.manager.submit("compute_sum", parameters) for _ in range(count)]
+        tasks = []
+        for _ in range(count):
+            tasks.append(self.manager.submit("compute_sum", SUM["parameters"]))
+        return tasks
 
-    def poll(self, task: Task, since: Status | None = None) -> asyncio.Task[tuple[float, Task]]:
-        """Start a long poll; await it for how long it was held, and the task."""
-        return asyncio.create_task(clock(self.manager.wait(task["task_id"], since)))
-
-    def record_starts(self) -> dict[str, float]:
-        """Return a dict that will have the virtual time at which each task starts, from now on."""
-        started: dict[str, float] = {}
-        zero = main.now()
-        run_task = self.manager._run_task
-
-        async def spy(task: Task) -> None:
-            started[task["task_id"]] = main.now() - zero
-            await run_task(task)
-
-        self.manager._run_task = spy  # type: ignore[method-assign]  # a spy
-        return started
+    def poll(self, task: Task, since: Status | None = None) -> asyncio.Task[tuple[float, str]]:
+        """Start a long poll; await it for how long it was held, and the status."""
+        return asyncio.create_task(held(self.manager.wait(task["task_id"], since)))
 
     def check_books(self) -> None:
         """Assert that the manager's collections agree with its records, whatever has happened."""
@@ -321,13 +340,15 @@ class World:
         ids: dict[str, set[str]] = {status: set() for status in STATUSES}
         for task_id, task in manager._tasks.items():
             ids[task["status"]].add(task_id)
-        final = set().union(*(ids[status] for status in FINAL))
-        assert {entry[2] for entry in manager._queue._queue} == ids["queued"]
+        queued = {task_id for _, _, task_id in manager._queue._queue}
+        finished = {task_id for _, task_id in manager._finished}
+        assert queued == ids["queued"]
+        assert finished == set().union(*(ids[status] for status in FINAL))
+        assert len(finished) == len(manager._finished)
         assert ids["processing"] <= set(manager._running)
         assert len(ids["processing"]) <= manager._busy <= manager._settings.workers
-        assert sorted(task_id for _, task_id in manager._finished) == sorted(final)
         assert set(manager._changed) <= ids["queued"] | ids["processing"]
-        assert manager._counts == {status: len(ids[status]) for status in STATUSES}
+        assert manager._counts == {status: len(found) for status, found in ids.items()}
 
 
 @contextlib.asynccontextmanager
@@ -341,7 +362,7 @@ async def world(work: Job | None = None, **settings: Any) -> AsyncIterator[World
         yield here
         here.check_books()
     here.check_books()
-    assert all(task["status"] in FINAL for task in here.manager._tasks.values())
+    assert set(statuses(here.manager._tasks.values())) <= FINAL
     await ticks()
     assert asyncio.all_tasks() == before
 
@@ -359,6 +380,22 @@ async def clock(job: Awaitable[Any]) -> tuple[float, Any]:
     return main.now() - start, result
 
 
+async def held(poll: Awaitable[Any]) -> tuple[float, str]:
+    """Await a poll and return how long it was held, and the status that it told."""
+    took, task = await clock(poll)
+    return took, task["status"]
+
+
+def statuses(tasks: Iterable[Any]) -> list[str]:
+    """Return the statuses of tasks."""
+    return [task["status"] for task in tasks]
+
+
+def starts(tasks: Iterable[Any]) -> list[float]:
+    """Return at which second each task has started."""
+    return [second(task["started_at"]) for task in tasks]
+
+
 def problem_of(answer: httpx.Response) -> Json:
     """Return an error's body, and assert that it is a problem document of the answer's status."""
     body = dict(answer.json())
@@ -370,15 +407,16 @@ def problem_of(answer: httpx.Response) -> Json:
     return body
 
 
+def detail_of(answer: httpx.Response, status: int) -> str:
+    """Return the detail of an error that has that status."""
+    assert answer.status_code == status, answer.text
+    return str(problem_of(answer)["detail"])
+
+
 def pointers_of(answer: httpx.Response) -> list[str]:
     """Return where a 400 says that something is wrong."""
     assert answer.status_code == 400, answer.text
     return [item["pointer"] for item in problem_of(answer)["errors"]]
-
-
-def date(text: str) -> datetime:
-    """Return a date of a record."""
-    return datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%fZ").replace(tzinfo=timezone.utc)
 
 
 # --- Submission and results: what a task is, and what its work gives ------------------------------
@@ -411,29 +449,18 @@ async def test_every_example_does_what_it_says(task_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "seconds", "result"),
+    ("task_type", "seconds", "result"),
     [
-        ({"task_type": "compute_sum"}, 5, 6.5),
-        ({"task_type": "generate_report"}, 10, "Figures\nSections: 2"),
-        (
-            {"task_type": "generate_report", "parameters": {"title": "é"}},
-            15,
-            "é\nSections: 3",
-        ),
-        (
-            {"task_type": "generate_report", "parameters": {"title": "T", "sections": 1.0}},
-            5,
-            "T\nSections: 1",
-        ),
+        ("compute_sum", 5, 6.5),
+        ("generate_report", 10, "Figures\nSections: 2"),
     ],
-    ids=["sum", "report", "default", "one"],
 )
 async def test_work_takes_its_time_and_gives_its_result(
-    fields: Json, seconds: float, result: Any, sleeper: Sleeper
+    task_type: str, seconds: float, result: Any, sleeper: Sleeper
 ) -> None:
     """A task takes its time, neither less nor more, in ten steps, and has its result."""
     async with world() as here:
-        task_id = await here.submit(**fields)
+        task_id = await here.submit(task_type)
         await real_sleep(seconds - 0.001)
         assert await here.status(task_id) == "processing"
         await real_sleep(0.001)
@@ -457,11 +484,9 @@ EXACT = 2**53 + 1  # the first integer that no float is
         ([0.5, EXACT, 1 - EXACT], 1.5),
         ([0.25, 10**300, -(10**300)], 0.25),
         ([0.1] * 10, 1.0),
-        ([1e300, 1.0, -1e300], 1.0),
         ([1e300] * 1000, math.fsum([1e300] * 1000)),
-        ([0.5, 0.5], 1.0),
     ],
-    ids=["small", "large", "mixed", "huge", "tenths", "cancelling", "bound", "float"],
+    ids=["small", "large", "mixed", "huge", "tenths", "bound"],
 )
 def test_sums_are_exact(numbers: list[float], result: float) -> None:
     """Integers add up exactly; with floats the sum is right to the last digit, in every order."""
@@ -477,9 +502,8 @@ async def test_a_failure_is_the_clients_to_read() -> None:
         message = "no disk\nINFO: forged"
         told = await here.submit("simulate_failure", parameters={"message": message})
         default = await here.submit("simulate_failure")
-        await real_sleep(5.001)
         for task_id, expected in ((told, message), (default, "simulated failure")):
-            task = await here.get(task_id)
+            task = await here.final(task_id)
             assert task["status"] == "failed"
             assert task["result"] is None
             assert task["progress"] == 90
@@ -487,34 +511,33 @@ async def test_a_failure_is_the_clients_to_read() -> None:
 
 
 async def test_a_task_has_one_shape_in_every_state() -> None:
-    """All twelve fields are there from queued to final, with dates in UTC, and null for nothing."""
+    """All twelve fields are there from queued to final, and null where there is nothing yet."""
     async with world(workers=1, retention=600) as here:
         await here.submit()
+        await real_sleep(1)
         task_id = await here.submit("generate_report", parameters={"title": "T"})
         queued = await here.get(task_id)
-        await real_sleep(5.001)
+        await real_sleep(5)
         processing = await here.get(task_id)
-        await real_sleep(15)
-        completed = await here.get(task_id)
+        completed = await here.final(task_id)
     for task in (queued, processing, completed):
         assert list(task) == list(Task.__annotations__)
         assert task["parameters"] == {"title": "T", "sections": 3}
-        assert task["created_at"] == queued["created_at"]
-    for name in ("result", "error", "started_at", "finished_at", "expires_at"):
-        assert queued[name] is None
-        if name != "started_at":
-            assert processing[name] is None
-    assert processing["started_at"] == completed["started_at"]
-    lasted = date(completed["expires_at"]) - date(completed["finished_at"])
-    assert lasted == timedelta(seconds=600)
+        assert second(task["created_at"]) == 1
+    for task in (queued, processing):
+        for name in ("result", "error", "finished_at", "expires_at"):
+            assert task[name] is None
+    assert queued["started_at"] is None
+    assert starts([processing, completed]) == [5, 5]
+    assert second(completed["finished_at"]) == 20
+    assert second(completed["expires_at"]) == 620
 
 
 def test_a_date_has_six_digits_also_of_zeros() -> None:
     """One date in a million has no microseconds, and is written like the others."""
-    moment = datetime(2026, 1, 1, 12, tzinfo=timezone.utc)
-    assert main.timestamp(moment) == "2026-01-01T12:00:00.000000Z"
-    now = date(main.timestamp(main.utc_now()))
-    assert abs(now - datetime.now(timezone.utc)) < timedelta(seconds=5)
+    assert main.timestamp(BEGIN) == "2026-01-01T00:00:00.000000Z"
+    difference = real_utc_now() - datetime.now(timezone.utc)
+    assert abs(difference) < timedelta(seconds=5)
 
 
 async def test_a_step_of_the_wall_clock_expires_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -522,32 +545,27 @@ async def test_a_step_of_the_wall_clock_expires_nothing(monkeypatch: pytest.Monk
     async with world(retention=600) as here:
         task_id = await here.submit()
         await ticks()
-        later = main.utc_now() + timedelta(days=400)
-        monkeypatch.setattr(main, "utc_now", lambda: later)
-        await real_sleep(6)
-        task = await here.get(task_id)
-        assert task["status"] == "completed"
-        assert date(task["finished_at"]) == later
-        assert date(task["created_at"]) < later - timedelta(days=399)
-        await real_sleep(590)
-        assert await here.status(task_id) == "completed"
+        monkeypatch.setattr(main, "utc_now", lambda: BEGIN + timedelta(days=400))
+        task = await here.final(task_id)
+        assert second(task["created_at"]) == 0
+        assert second(task["finished_at"]) == 400 * 24 * 3600
+        await real_sleep(599.5)
+        assert await here.get(task_id) == task
 
 
 async def test_reported_progress_never_falls_nor_lies() -> None:
     """What work reports is an integer below 100 at last, and a lower report is ignored."""
-    async with world() as here:
+    seen = []
 
-        async def job(_: Json, report: main.Report) -> list[int]:
-            seen = []
-            (task,) = here.manager._tasks.values()
-            for percent in (-5, 40.7, 20, 250, float("inf")):
-                report(percent)
-                seen.append(task["progress"])
-            return seen
+    async def job(_: Json, report: main.Report) -> None:
+        for percent in (-5, 40.7, 20, 250, math.inf):
+            report(percent)
+            seen.append(task["progress"])
 
-        here.use(job)
-        task = await here.final(await here.submit())
-        assert task["result"] == [0, 40, 40, 99, 99]
+    async with world(work=job) as here:
+        (task,) = here.enqueue()
+        await ticks()
+        assert seen == [0, 40, 40, 99, 99]
 
 
 @pytest.mark.parametrize("scale", [0, 0.5, 2])
@@ -555,9 +573,7 @@ async def test_time_scale_multiplies_the_work(scale: float) -> None:
     """`time_scale` multiplies the simulated time; with 0 there is none."""
     async with world(time_scale=scale) as here:
         task_id = await here.submit()
-        took, task = await clock(here.final(task_id))
-        assert took == 5 * scale
-        assert task["status"] == "completed"
+        assert await held(here.final(task_id)) == (5 * scale, "completed")
 
 
 async def test_the_list_filters_and_limits_in_order_of_submission() -> None:
@@ -572,59 +588,57 @@ async def test_the_list_filters_and_limits_in_order_of_submission() -> None:
         await here.cancel(ids[2])
         tasks = await here.tasks()
         assert [task["task_id"] for task in tasks] == ids
-        statuses = [task["status"] for task in tasks]
-        assert statuses == ["completed", "processing", "cancelled", "queued"]
-        for status in STATUSES:
-            listed = [task["task_id"] for task in await here.tasks(status=status)]
-            assert listed == [task["task_id"] for task in tasks if task["status"] == status]
+        assert statuses(tasks) == ["completed", "processing", "cancelled", "queued"]
+        for task in tasks:
+            assert await here.tasks(status=task["status"]) == [task]
+            assert await here.get(task["task_id"]) == task
+        assert await here.tasks(status="failed") == []
         assert await here.tasks(limit=2) == tasks[:2]
         assert await here.tasks(status="queued", limit=10**30) == tasks[3:]
-        assert tasks[0] == await here.get(ids[0])
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, main.CHUNK_TASKS, 1000])
 async def test_the_stream_is_json_of_every_length(count: int) -> None:
     """A list is valid JSON at every length, one task a line, in chunks of bounded size."""
-    async with world(queue_size=10**4) as here:
+    async with world(queue_size=10**4, workers=1) as here:
         tasks = here.enqueue(count)
-        chunks = [chunk async for chunk in main.stream_tasks(here.manager, None, None)]
+        await ticks()
+        chunks = await here.chunks()
         body = b"".join(chunks)
-        listed = [task["task_id"] for task in json.loads(body)]
-        assert listed == [task["task_id"] for task in tasks]
+        assert json.loads(body) == tasks
         assert len(body.splitlines()) == (count + 2 if count else 1)
         assert all(b"task_id" in chunk for chunk in chunks[:-1])
         assert all(chunk.count(b"task_id") <= main.CHUNK_TASKS for chunk in chunks)
-        assert len(chunks) >= count // main.CHUNK_TASKS
         for limit in {1, count // 2, count} - {0}:
-            assert len(await here.tasks(limit=limit)) == min(limit, count)
+            assert await here.tasks(limit=limit) == tasks[:limit]
 
 
 async def test_large_tasks_are_sent_one_by_one() -> None:
     """Others get a turn after 64 KiB, whether these are many tasks or one."""
     async with world() as here:
-        for _ in range(5):
+        for _ in range(3):
             here.manager.submit("compute_sum", {"numbers": [0.123456] * 9000})
-        chunks = [chunk async for chunk in main.stream_tasks(here.manager, None, None)]
-        assert [chunk.count(b"task_id") for chunk in chunks] == [1, 1, 1, 1, 1, 0]
+        counts = [chunk.count(b"task_id") for chunk in await here.chunks()]
+        assert counts == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("status", ["queued", "failed"])
 async def test_the_stream_gives_others_a_turn(status: Status) -> None:
     """Between two parts of a list others run, also while nothing matches the filter."""
+    turns = 0
+
+    async def other() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await real_sleep(0)
+
     async with world(queue_size=10**4) as here:
         here.enqueue(1000)
-        turns = 0
-
-        async def other() -> None:
-            nonlocal turns
-            while True:
-                turns += 1
-                await real_sleep(0)
-
         beside = asyncio.create_task(other())
         await ticks(1)
         turns = 0
-        chunks = [chunk async for chunk in main.stream_tasks(here.manager, status, None)]
+        chunks = await here.chunks(status)
         beside.cancel()
         assert turns >= 1000 // main.CHUNK_TASKS
         assert all(chunks)  # an empty chunk would end a chunked answer
@@ -633,28 +647,30 @@ async def test_the_stream_gives_others_a_turn(status: Status) -> None:
 async def test_a_line_is_true_when_it_is_written() -> None:
     """A slow reader sees no task under a status that it has left, nor one that has expired."""
     async with world(queue_size=10**4, retention=10) as here:
-        tasks = here.enqueue(1000)
+        tasks = here.enqueue(1000)[5:]
+        await ticks()
         stream = main.stream_tasks(here.manager, "queued", None)
-        chunks = [await anext(stream)]
+        body = await anext(stream)
         here.manager.cancel(tasks[-1]["task_id"])
-        chunks += [chunk async for chunk in stream]
-        assert len(json.loads(b"".join(chunks))) == 999
-        for task in tasks[:-1]:
-            here.manager.cancel(task["task_id"])
-        stream = main.stream_tasks(here.manager, None, None)
-        chunks = [await anext(stream)]
-        await real_sleep(10)
-        chunks += [chunk async for chunk in stream]
-        lines = json.loads(b"".join(chunks))
-        assert 0 < len(lines) <= main.CHUNK_TASKS
-        assert not here.manager._tasks
+        async for chunk in stream:
+            body += chunk
+        assert json.loads(body) == tasks[:-1]
 
 
 async def test_a_slow_reader_keeps_no_records() -> None:
-    """What a list holds on to while it is sent are ids, so expired records give their memory back."""
-    async with world(retention=10) as here:
-        here.enqueue(3)
-        assert all(isinstance(entry, str) for entry in here.manager.snapshot())
+    """What expires while a list is read is neither sent nor kept: a list holds on to ids only."""
+    async with world(queue_size=10**4, retention=10) as here:
+        for task in here.enqueue(1000):
+            here.manager.cancel(task["task_id"])
+        stream = main.stream_tasks(here.manager, None, None)
+        body = await anext(stream)
+        await real_sleep(10)
+        async for chunk in stream:
+            body += chunk
+        assert 0 < len(json.loads(body)) <= main.CHUNK_TASKS
+        assert not here.manager._tasks
+        here.enqueue()
+        assert isinstance(here.manager.snapshot()[0], str)
 
 
 async def test_health_counts_everything() -> None:
@@ -664,15 +680,15 @@ async def test_health_counts_everything() -> None:
         await here.cancel(ids[3])
         await ticks()
         answer = await here.http.get("/health")
+        health = answer.json()
         assert answer.status_code == 200
         assert answer.headers["cache-control"] == "no-store"
         assert not LIMIT_FIELDS & set(answer.headers)
-        assert answer.json() == {
-            "status": "ok",
-            "tasks": {"queued": 1, "processing": 2, "completed": 0, "failed": 0, "cancelled": 1},
-            "queue": {"size": 1, "capacity": 7},
-            "workers": {"busy": 2, "total": 2},
-        }
+        assert health["status"] == "ok"
+        assert list(health["tasks"].values()) == [1, 2, 0, 0, 1]
+        assert list(health["tasks"]) == list(STATUSES)
+        assert health["queue"] == {"size": 1, "capacity": 7}
+        assert health["workers"] == {"busy": 2, "total": 2}
 
 
 async def test_health_looks_at_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -688,25 +704,15 @@ async def test_health_looks_at_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_the_life_of_a_task_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """Each step of a task's life is one line, in which a client cannot forge another."""
     async with world(work=Raises(TaskFailedError("a\nb")), retention=1) as here:
-        (failing,) = here.enqueue()
-        await ticks()
-        (cancelled,) = here.enqueue()
-        here.manager.cancel(cancelled["task_id"])
+        (task,) = here.enqueue()
         await real_sleep(1)
         here.manager.expire()
-    lines = [record.getMessage() for record in caplog.records if record.name == main.log.name]
-    first, second = failing["task_id"], cancelled["task_id"]
-    assert lines[0].startswith(f"task {first} queued: compute_sum")
-    assert lines[1:3] == [
-        f"task {first} processing ",
-        f"task {first} failed {{'code': 'task_failed', 'message': 'a\\nb'}}",
-    ]
-    assert lines[3].startswith(f"task {second} queued")
-    assert lines[4:] == [
-        f"task {second} cancelled ",
-        f"task {first} removed",
-        f"task {second} removed",
-    ]
+    lines = [line for line in caplog.messages if line.startswith("task ")]
+    name = f"task {task['task_id']}"
+    assert [line.split()[2] for line in lines] == ["queued:", "processing", "failed", "removed"]
+    assert lines[0] == f"{name} queued: compute_sum, priority normal"
+    assert lines[2] == f"{name} failed {task['error']}"
+    assert r"a\nb" in lines[2]
 
 
 # --- Polling (R1, R2): no change is slept through -------------------------------------------------
@@ -715,13 +721,11 @@ async def test_the_life_of_a_task_is_logged(caplog: pytest.LogCaptureFixture) ->
 async def test_a_long_poll_ends_with_the_change() -> None:
     """R2: a poll with `wait=true` is held until the status changes, at that very moment."""
     async with world(workers=1) as here:
-        first, second = await here.submit(), await here.submit()
-        took, task = await clock(here.get(second, wait=True))
-        assert (took, task["status"]) == (5, "processing")
-        took, task = await clock(here.get(second, wait=True))
-        assert (took, task["status"]) == (5, "completed")
-        took, task = await clock(here.get(first, wait=True))
-        assert (took, task["status"]) == (0, "completed")
+        first = await here.submit()
+        second = await here.submit()
+        assert await held(here.get(second, wait=True)) == (5, "processing")
+        assert await held(here.get(second, wait=True)) == (5, "completed")
+        assert await held(here.get(first, wait=True)) == (0, "completed")
 
 
 @pytest.mark.parametrize("long_poll", [0, 3, 10])
@@ -730,8 +734,7 @@ async def test_a_long_poll_has_its_bound(long_poll: float) -> None:
     async with world(workers=1, long_poll=long_poll) as here:
         await here.submit("generate_report", **SLOW)
         task_id = await here.submit()
-        took, task = await clock(here.get(task_id, wait=True))
-        assert (took, task["status"]) == (long_poll, "queued")
+        assert await held(here.get(task_id, wait=True)) == (long_poll, "queued")
 
 
 async def test_a_poll_without_wait_answers_at_once() -> None:
@@ -739,9 +742,9 @@ async def test_a_poll_without_wait_answers_at_once() -> None:
     async with world(workers=1) as here:
         await here.submit()
         task_id = await here.submit()
-        for query in ({}, {"since": "queued"}, {"wait": False}):
-            took, task = await clock(here.get(task_id, **query))
-            assert (took, task["status"]) == (0, "queued")
+        assert await held(here.get(task_id)) == (0, "queued")
+        assert await held(here.get(task_id, since="queued")) == (0, "queued")
+        assert await held(here.get(task_id, wait=False)) == (0, "queued")
 
 
 @pytest.mark.parametrize("since", STATUSES)
@@ -750,15 +753,10 @@ async def test_since_is_a_cursor(since: Status) -> None:
     async with world(workers=1, long_poll=4) as here:
         await here.submit()
         task_id = await here.submit()
-        held, task = await clock(here.get(task_id, wait=True, since=since))
-        assert held == (4 if since == "queued" else 0)
-        assert task["status"] == "queued"
-        await real_sleep(6 - held)
-        held, _ = await clock(here.get(task_id, wait=True, since=since))
-        assert held == (4 if since == "processing" else 0)
-        await real_sleep(5)
-        held, task = await clock(here.get(task_id, wait=True, since=since))
-        assert (held, task["status"]) == (0, "completed")
+        for moment, status in ((0, "queued"), (5.5, "processing"), (12, "completed")):
+            await real_sleep(1000 + moment - main.now())
+            seconds = 4 if since == status and status not in FINAL else 0
+            assert await held(here.get(task_id, wait=True, since=since)) == (seconds, status)
 
 
 async def test_any_number_may_poll_one_task() -> None:
@@ -767,38 +765,23 @@ async def test_any_number_may_poll_one_task() -> None:
         _, task = here.enqueue(2)
         for status in ("processing", "completed"):
             polls = [here.poll(task) for _ in range(200)]
-            for took, polled in await asyncio.gather(*polls):
-                assert (took, polled["status"]) == (5, status)
-
-
-async def test_an_event_is_set_once_and_never_cleared() -> None:
-    """R2: a change sets the Event that was there before it, and the next waiter gets a new one."""
-    async with world(workers=1) as here:
-        _, task = here.enqueue(2)
-        events = []
-        for _ in range(2):
-            poll = here.poll(task)
-            await ticks()
-            events.append(here.manager._changed[task["task_id"]])
-            assert not events[-1].is_set()
-            await poll
-        assert events[0] is not events[1]
-        assert all(event.is_set() for event in events)
+            for poll in polls:
+                assert await poll == (5, status)
 
 
 async def test_a_poller_may_leave() -> None:
     """A cancelled poll is cancelled at once, leaves no waiter, and the others go on."""
     async with world(workers=1) as here:
         _, task = here.enqueue(2)
-        leaving, staying = here.poll(task), here.poll(task)
+        leaving = here.poll(task)
+        staying = here.poll(task)
         await ticks()
         leaving.cancel()
         await ticks()
         assert leaving.cancelled()
         assert not staying.done()
         assert len(here.manager._changed[task["task_id"]]._waiters) == 1
-        _, polled = await staying
-        assert polled["status"] == "processing"
+        assert await staying == (5, "processing")
 
 
 async def test_a_poller_outlives_the_record() -> None:
@@ -811,8 +794,7 @@ async def test_a_poller_outlives_the_record() -> None:
         here.manager.cancel(task["task_id"])
         asyncio.get_running_loop().moment += 2  # type: ignore[attr-defined]  # a busy loop
         here.manager.expire()
-        _, polled = await poll
-        assert polled["status"] == "cancelled"
+        assert await poll == (2, "cancelled")
 
 
 # --- Final is final (R3): one end, and the one that was told --------------------------------------
@@ -840,25 +822,28 @@ async def test_only_five_transitions_happen(before: Status, after: Status) -> No
     """R3: of all ordered pairs of statuses only five are possible; the others change nothing."""
     async with world() as here:
         (task,) = here.enqueue()
+        change_status = here.manager._change_status
         for status in WAYS[before]:
-            assert here.manager._change_status(task, status, error=SOME_ERROR)
+            assert change_status(task, status, error=SOME_ERROR)
         copy = task.copy()
-        changed = here.manager._change_status(task, after, result=1, error=SOME_ERROR)
+        changed = change_status(task, after, result=1, error=SOME_ERROR)
         assert changed == ((before, after) in ALLOWED)
         assert task["status"] == (after if changed else before)
         assert changed or task == copy
         assert (task["progress"] == 100) == (task["status"] == "completed")
         here.manager._queue.remove(task["task_id"])
-        here.manager._change_status(task, "cancelled")
+        change_status(task, "cancelled")
 
 
 async def test_the_cancel_table() -> None:
     """DELETE: 200 queued, 200 processing, 200 again, 409 completed or failed, 404 unknown."""
     async with world(workers=1) as here:
-        done, bad = await here.submit(), await here.submit("simulate_failure")
-        for task_id in (done, bad):
-            await here.final(task_id)
-        running, queued = await here.submit(), await here.submit()
+        completed = await here.submit()
+        failed = await here.submit("simulate_failure")
+        await here.final(failed)
+        await here.final(completed)
+        running = await here.submit()
+        queued = await here.submit()
         await ticks()
         for task_id in (queued, running, queued):
             answer = await here.cancel(task_id)
@@ -870,12 +855,10 @@ async def test_the_cancel_table() -> None:
             assert task["result"] is None
             assert (task["started_at"] is not None) == (task_id == running)
             assert task["expires_at"]
-        for task_id, status in ((done, "completed"), (bad, "failed")):
+        for task_id, status in ((completed, "completed"), (failed, "failed")):
             answer = await here.cancel(task_id)
-            body = problem_of(answer)
-            assert answer.status_code == 409
-            assert body["detail"] == f"The task has already {status}."
-            assert body["task"] == await here.get(task_id)
+            assert detail_of(answer, 409) == f"The task has already {status}."
+            assert answer.json()["task"] == await here.get(task_id)
         assert (await here.cancel(NOBODY)).status_code == 404
 
 
@@ -893,10 +876,11 @@ async def test_cancelled_twice_is_cancelled_once() -> None:
     async with world(work=job) as here:
         task_id = await here.submit()
         await real_sleep(1)
-        first = (await here.cancel(task_id)).json()
         start = main.now()
+        first = await here.cancel(task_id)
         await real_sleep(1)
-        assert (await here.cancel(task_id)).json() == first
+        second = await here.cancel(task_id)
+        assert second.json() == first.json()
         await real_sleep(1.5)
         assert cleaned == [start + 2]
 
@@ -947,7 +931,8 @@ async def test_the_race_of_cancel_and_finish(job: Job, tick: int) -> None:
 async def test_cancelled_work_is_interrupted() -> None:
     """R3: DELETE also stops the work, so that its worker takes the next task at once."""
     async with world(workers=1) as here:
-        task_id, after = await here.submit("generate_report", **SLOW), await here.submit()
+        task_id = await here.submit("generate_report", **SLOW)
+        after = await here.submit()
         await real_sleep(3.25)
         work = here.manager._running[task_id]
         await here.cancel(task_id)
@@ -957,29 +942,24 @@ async def test_cancelled_work_is_interrupted() -> None:
         assert (await here.get(task_id))["progress"] == 10
 
 
-@pytest.mark.parametrize("end", ["result", "exception"])
-async def test_what_cancelled_work_says_is_ignored(end: str, expected_errors: list[str]) -> None:
-    """R3: neither progress nor a result nor an exception of cancelled work is recorded."""
+async def test_what_cancelled_work_says_is_ignored(expected_errors: list[str]) -> None:
+    """R3: neither progress nor an exception of cancelled work is recorded."""
 
-    async def job(_: Json, report: main.Report) -> str:
-        try:
+    async def job(_: Json, report: main.Report) -> None:
+        with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(9)
-        except asyncio.CancelledError:
-            report(50)
-            if end == "exception":
-                raise ValueError("in the clean-up") from None
-        return "late"
+        report(50)
+        raise ValueError("in the clean-up")
 
-    if end == "exception":
-        expected_errors.append("ValueError: in the clean-up")
+    expected_errors.append("ValueError: in the clean-up")
     async with world(work=job) as here:
-        task_id = await here.submit()
+        (task,) = here.enqueue()
         await real_sleep(1)
-        said = (await here.cancel(task_id)).json()
+        said = here.manager.cancel(task["task_id"]).copy()
         await real_sleep(1)
-        assert await here.get(task_id) == said
-        assert said["status"] == "cancelled"
-        assert said["progress"] == 0
+        assert task == said
+        assert task["status"] == "cancelled"
+        assert task["progress"] == 0
 
 
 # --- The queue (R4): who comes next, and nobody twice ---------------------------------------------
@@ -990,28 +970,27 @@ async def test_a_full_queue_leaves_no_trace() -> None:
     async with world(workers=1, queue_size=2) as here:
         await here.submit()
         await ticks()
-        first, second = await here.submit(), await here.submit()
+        first = await here.submit()
+        second = await here.submit()
         answer = await here.post()
-        assert answer.status_code == 503
+        assert detail_of(answer, 503) == "The queue is full."
         assert answer.headers["retry-after"] == "5"
-        assert problem_of(answer)["detail"] == "The queue is full."
         assert len(await here.tasks()) == 3
-        assert (await here.health())["queue"] == {"size": 2, "capacity": 2}
+        assert here.manager.health()["queue"] == {"size": 2, "capacity": 2}
         assert (await here.cancel(first)).status_code == 200
         third = await here.submit()
-        await real_sleep(15.5)
-        statuses = [await here.status(task_id) for task_id in (first, second, third)]
-        assert statuses == ["cancelled", "completed", "completed"]
+        assert (await here.final(second))["status"] == "completed"
+        assert (await here.final(third))["status"] == "completed"
+        assert await here.status(first) == "cancelled"
 
 
-async def test_the_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_store_is_bounded() -> None:
     """Beyond `max_tasks` records, whatever their state, a submission is a 503 until one expires."""
     async with world(workers=1, max_tasks=3, retention=20) as here:
         done, _, waiting = here.enqueue(3)
         answer = await here.post()
-        assert answer.status_code == 503
+        assert detail_of(answer, 503) == "No more tasks can be kept."
         assert answer.headers["retry-after"] == "5"
-        assert problem_of(answer)["detail"] == "No more tasks can be kept."
         await real_sleep(7.5)
         assert done["status"] == "completed"
         answer = await here.post()
@@ -1020,9 +999,6 @@ async def test_the_store_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         here.manager.cancel(waiting["task_id"])
         assert (await here.post()).status_code == 503
         await real_sleep(17.5)
-        with monkeypatch.context() as patch:  # the clock goes on between the look and the answer
-            patch.setattr(here.manager, "expire", lambda: None)
-            assert (await here.post()).headers["retry-after"] == "1"
         assert (await here.post()).status_code == 202
 
 
@@ -1032,12 +1008,16 @@ async def test_removal_keeps_the_order_of_the_rest(victim: int) -> None:
     async with world(workers=1) as here:
         await here.submit()
         await ticks()
-        started = here.record_starts()
-        priorities = (HIGH, HIGH, NORMAL, NORMAL, HIGH, HIGH)
-        ids = [await here.submit(priority=priority) for priority in priorities]
+        ids = []
+        for priority in (HIGH, HIGH, NORMAL, NORMAL, HIGH, HIGH):
+            ids.append(await here.submit(priority=priority))
+        order = [ids[number] for number in (0, 1, 4, 5, 2, 3)]
         await here.cancel(ids[victim])
-        await real_sleep(60)
-        assert list(started) == [ids[i] for i in (0, 1, 4, 5, 2, 3) if i != victim]
+        order.remove(ids[victim])
+        for task_id in order:
+            await here.final(task_id)
+        tasks = [await here.get(task_id) for task_id in order]
+        assert starts(tasks) == [5, 10, 15, 20, 25]
 
 
 async def test_a_task_is_queued_until_it_is_processing() -> None:
@@ -1053,41 +1033,34 @@ async def test_a_task_is_queued_until_it_is_processing() -> None:
 async def test_five_at_once_and_never_six() -> None:
     """Five tasks run at a time, a sixth starts when the first ends, in order of submission."""
     async with world() as here:
-        started = here.record_starts()
-        tasks = here.enqueue(12)
+        tasks = here.enqueue(11)
         await real_sleep(30)
-        assert list(started) == [task["task_id"] for task in tasks]
-        assert list(started.values()) == [0] * 5 + [5] * 5 + [10] * 2
+        assert starts(tasks) == [0, 0, 0, 0, 0, 5, 5, 5, 5, 5, 10]
 
 
 async def test_priority_then_first_come_first_served() -> None:
     """The higher priority starts first, and within one the older task."""
     async with world(workers=1) as here:
-        await here.submit()
-        await ticks()
-        started = here.record_starts()
-        ids: dict[main.Priority, list[str]] = {LOW: [], NORMAL: [], HIGH: []}
         for priority in (LOW, NORMAL, HIGH, LOW, NORMAL, HIGH):
-            ids[priority].append(await here.submit(priority=priority))
+            await here.submit(priority=priority)
         await real_sleep(40)
-        assert list(started) == [*ids[HIGH], *ids[NORMAL], *ids[LOW]]
+        assert starts(await here.tasks()) == [20, 10, 0, 25, 15, 5]
 
 
 @pytest.mark.parametrize(
     ("later", "order"),
-    [(59.5, ["high", "low"]), (60, ["low", "high"]), (60.5, ["low", "high"])],
+    [(59.5, [200, 100]), (60, [100, 200]), (60.5, [100, 200])],
 )
-async def test_nothing_starves(later: float, order: list[str]) -> None:
+async def test_nothing_starves(later: float, order: list[float]) -> None:
     """A level is worth `priority_step` seconds: low goes before a high that is two steps younger."""
     async with world(workers=1, task_timeout=1000, time_scale=20, priority_step=30) as here:
         await here.submit()
         await ticks()
-        started = here.record_starts()
-        names = {await here.submit(priority=LOW): "low"}
+        await here.submit(priority=LOW)
         await real_sleep(later)
-        names[await here.submit(priority=HIGH)] = "high"
+        await here.submit(priority=HIGH)
         await real_sleep(320)
-        assert [names[task_id] for task_id in started] == order
+        assert starts(await here.tasks()) == [0, *order]
 
 
 # --- Workers (R5): they survive whatever work does, and its end is told truly ---------------------
@@ -1110,11 +1083,7 @@ class Raises:
 
     exception: BaseException
 
-    async def __call__(self, _: Json, _report: main.Report) -> None:
-        raise self.exception
-
-    def now(self) -> None:
-        """Raise it where nothing is awaited."""
+    async def __call__(self, *_: Any) -> None:
         raise self.exception
 
 
@@ -1124,7 +1093,7 @@ class Returns:
 
     value: Any
 
-    async def __call__(self, _: Json, _report: main.Report) -> Any:
+    async def __call__(self, *_: Any) -> Any:
         return self.value
 
 
@@ -1145,6 +1114,10 @@ UNEXPECTED: dict[str, Job] = {
     "cancelled part": await_something_cancelled,
     "unspeakable": Raises(UnspeakableError()),
 }
+UNEXPECTED_ERROR = {
+    "code": "internal_error",
+    "message": "The task failed unexpectedly.",
+}
 
 
 @pytest.mark.parametrize("name", UNEXPECTED)
@@ -1155,11 +1128,10 @@ async def test_a_crash_is_a_failure(name: str, expected_errors: list[str]) -> No
         expected_errors.append(f"task {task_id}: unexpected end\n| ")
         task = await here.final(task_id)
         assert task["status"] == "failed"
-        message = "The task failed unexpectedly."
-        assert task["error"] == {"code": "internal_error", "message": message}
-        assert "secret" not in (await here.http.get("/tasks")).text
+        assert task["error"] == UNEXPECTED_ERROR
         here.use(complete)
-        assert (await here.final(await here.submit()))["status"] == "completed"
+        after = await here.submit()
+        assert (await here.final(after))["status"] == "completed"
 
 
 async def test_a_traceback_cannot_forge_a_line_of_the_log(
@@ -1184,28 +1156,23 @@ def group(*exceptions: BaseException) -> BaseException:
 
 
 FAILED = TaskFailedError("no disk")
-TIMED_OUT: list[BaseException] = [TimeoutError("of 10.1.2.3"), asyncio.TimeoutError("of 10.1.2.3")]
+TIMED_OUT = TimeoutError("of 10.1.2.3")
+FAILURES: dict[str, tuple[BaseException, str]] = {
+    "plain": (FAILED, "task_failed"),
+    "group": (group(FAILED), "task_failed"),
+    "nested groups": (group(group(FAILED)), "task_failed"),
+    "group of two": (group(FAILED, FAILED), "internal_error"),
+    "group with a bug": (group(ValueError()), "internal_error"),
+    "time-out": (TIMED_OUT, "timeout"),
+    "time-out of asyncio": (asyncio.TimeoutError("of 10.1.2.3"), "timeout"),
+    "time-out in a group": (group(TIMED_OUT), "timeout"),
+}
 
 
-@pytest.mark.parametrize(
-    ("exception", "code"),
-    [
-        (FAILED, "task_failed"),
-        (group(FAILED), "task_failed"),
-        (group(group(FAILED)), "task_failed"),
-        (group(FAILED, FAILED), "internal_error"),
-        (group(FAILED, ValueError()), "internal_error"),
-        (group(ValueError()), "internal_error"),
-        (TIMED_OUT[0], "timeout"),
-        (TIMED_OUT[1], "timeout"),
-        (group(TIMED_OUT[0]), "timeout"),
-    ],
-    ids=["plain", "one", "nested", "two", "mixed", "bug", "timeout", "asyncio", "in group"],
-)
-async def test_a_failure_is_told_by_what_it_is(
-    exception: BaseException, code: str, expected_errors: list[str]
-) -> None:
+@pytest.mark.parametrize("name", FAILURES)
+async def test_a_failure_is_told_by_what_it_is(name: str, expected_errors: list[str]) -> None:
     """A TaskFailedError is one also in a task group; the words of others stay in the log."""
+    exception, code = FAILURES[name]
     if code == "internal_error":
         expected_errors.append("unexpected end")
     async with world(work=Raises(exception)) as here:
@@ -1219,40 +1186,40 @@ async def test_work_that_is_cancelled_before_its_first_step(
     monkeypatch: pytest.MonkeyPatch, expected_errors: list[str]
 ) -> None:
     """R5: also where not a line of the work has run, the task has an end, and a true one."""
+    create_task = asyncio.create_task
+
+    def create_cancelled(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        task = create_task(coroutine)
+        task.cancel()
+        return task
+
+    expected_errors.append("cancelled before its first step")
     async with world(workers=1) as here:
-        create_task = asyncio.create_task
-
-        def create_cancelled(coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
-            task = create_task(coroutine)
-            task.cancel()
-            return task
-
         (task,) = here.enqueue()
         monkeypatch.setattr(asyncio, "create_task", create_cancelled)
         await ticks()
         monkeypatch.undo()
-        expected_errors.append("cancelled before its first step")
         assert task["status"] == "failed"
-        assert task["error"] == {
-            "code": "internal_error",
-            "message": "The task failed unexpectedly.",
-        }
-        (after,) = here.enqueue()
-        assert (await here.final(after["task_id"]))["status"] == "completed"
+        assert task["error"] == UNEXPECTED_ERROR
+        after = await here.submit()
+        assert (await here.final(after))["status"] == "completed"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="there is no eager task factory")
-@pytest.mark.parametrize("job", [Returns(7), Raises(FAILED)], ids=["returns", "raises"])
-async def test_work_without_an_await_under_eager_tasks(job: Job) -> None:
+@pytest.mark.parametrize(
+    ("job", "status"),
+    [(Returns(7), "completed"), (Raises(FAILED), "failed")],
+)
+async def test_work_without_an_await_under_eager_tasks(job: Job, status: str) -> None:
     """Work that has ended when `create_task` returns has its end recorded like any other."""
     eager_task_factory = getattr(asyncio, "eager_task_factory")  # noqa: B009 - not for mypy on 3.10
     asyncio.get_running_loop().set_task_factory(eager_task_factory)
     async with world(work=job, workers=2) as here:
         for task in here.enqueue(5):
-            await here.manager.wait(task["task_id"], "queued")
-            assert task["status"] in ("completed", "failed")
+            await here.final(task["task_id"])
+            assert task["status"] == status
             assert task["started_at"]
-            assert task["result"] == (7 if task["status"] == "completed" else None)
+            assert task["result"] == (7 if status == "completed" else None)
         await ticks()
         assert not here.manager._running
 
@@ -1261,11 +1228,9 @@ async def test_work_without_an_await_under_eager_tasks(job: Job) -> None:
 async def test_a_task_has_its_time_and_no_more(timeout: float, status: str) -> None:
     """R5: a task that runs longer than `task_timeout` fails then, and its worker goes on."""
     async with world(workers=1, task_timeout=timeout) as here:
-        task_id, after = await here.submit(), await here.submit()
+        task, after = here.enqueue(2)
         await real_sleep(min(timeout, 5) + 0.01)
-        task = await here.get(task_id)
-        assert task["status"] == status
-        assert await here.status(after) == "processing"
+        assert statuses([task, after]) == [status, "processing"]
         if status == "failed":
             message = "The task took too long."
             assert task["error"] == {"code": "timeout", "message": message}
@@ -1278,8 +1243,7 @@ async def test_an_unknown_type_fails(expected_errors: list[str]) -> None:
     async with world() as here:
         task = here.manager.submit("mistake", {})
         await here.final(task["task_id"])
-        assert task["error"]
-        assert task["error"]["code"] == "internal_error"
+        assert task["error"] == UNEXPECTED_ERROR
 
 
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
@@ -1299,13 +1263,13 @@ async def test_work_that_ignores_its_cancellation(end: str) -> None:
         if end == "cancelled":
             here.manager.cancel(task["task_id"])
         await real_sleep(8 + main.CANCEL_GRACE - 0.01)
-        assert [task["status"], after["status"]] == [end, "queued"]
+        assert statuses([task, after]) == [end, "queued"]
         await real_sleep(0.02)
-        assert [task["status"], after["status"]] == [end, "processing"]
-        assert (await here.health())["workers"] == {"busy": 1, "total": 1}
+        assert statuses([task, after]) == [end, "processing"]
+        assert here.manager.health()["workers"] == {"busy": 1, "total": 1}
         await real_sleep(200)
         assert task["result"] is None
-        assert (await here.health())["workers"] == {"busy": 0, "total": 1}
+        assert here.manager.health()["workers"] == {"busy": 0, "total": 1}
 
 
 async def test_a_worker_waits_while_cancelled_work_cleans_up() -> None:
@@ -1318,30 +1282,19 @@ async def test_a_worker_waits_while_cancelled_work_cleans_up() -> None:
             await asyncio.sleep(3)
 
     async with world(work=job, workers=1, task_timeout=10) as here:
-        started = here.record_starts()
-        here.enqueue(2)
-        await real_sleep(12)
-        assert (await here.health())["workers"]["busy"] == 1
-        await real_sleep(18)
-        assert list(started.values()) == [0, 13]
+        tasks = here.enqueue(2)
+        await real_sleep(30)
+        assert starts(tasks) == [0, 13]
 
 
 async def kill_by_exception(here: World, patch: pytest.MonkeyPatch) -> None:
     """Let the next worker that takes a task die."""
-
-    async def die(_: Task) -> None:
-        raise RuntimeError("a bug")
-
-    patch.setattr(here.manager, "_run_task", die)
+    patch.setattr(here.manager, "_run_task", Raises(RuntimeError("a bug")))
 
 
 async def kill_by_base_exception(here: World, patch: pytest.MonkeyPatch) -> None:
     """Let the next worker that takes a task die of something that is no Exception."""
-
-    async def die(_: Task) -> None:
-        raise StrangeError
-
-    patch.setattr(here.manager, "_run_task", die)
+    patch.setattr(here.manager, "_run_task", Raises(StrangeError()))
 
 
 async def kill_by_cancellation(_: World, _patch: pytest.MonkeyPatch) -> None:
@@ -1351,32 +1304,26 @@ async def kill_by_cancellation(_: World, _patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kill", "line"),
-    [
-        (kill_by_exception, "a worker died, so all stop"),
-        (kill_by_base_exception, "a worker died, so all stop"),
-        (kill_by_cancellation, "a worker died, so all stop"),
-    ],
+    "kill",
+    [kill_by_exception, kill_by_base_exception, kill_by_cancellation],
 )
 async def test_a_dead_worker_turns_health_red(
     kill: Callable[[World, pytest.MonkeyPatch], Awaitable[None]],
-    line: str,
     monkeypatch: pytest.MonkeyPatch,
     expected_errors: list[str],
 ) -> None:
     """When a worker dies, the log says so, all stop, and no task is left hanging."""
-    expected_errors.append(line)
+    expected_errors.append("a worker died, so all stop")
     async with world(workers=2) as here:
-        (running,) = here.enqueue()
+        tasks = here.enqueue()
         await ticks()
         await kill(here, monkeypatch)
-        queued = here.enqueue(3)
+        tasks += here.enqueue(3)
         await ticks(10)
         for answer in (await here.http.get("/health"), await here.post()):
-            assert answer.status_code == 503
-            assert problem_of(answer)["detail"] == "No workers are running."
+            assert detail_of(answer, 503) == "No workers are running."
             assert "retry-after" not in answer.headers
-        assert {task["status"] for task in [running, *queued]} == {"cancelled"}
+        assert set(statuses(tasks)) == {"cancelled"}
 
 
 # --- What is stored (R6): it can be sent, and nobody changes it behind our back -------------------
@@ -1394,16 +1341,13 @@ ITSELF: list[Any] = []
 ITSELF.append(ITSELF)
 UNSENDABLE: dict[str, Any] = {
     "object": object(),
-    "bytes": b"abc",
-    "bytes inside": {"a": [b"\xff"]},
+    "bytes": {"a": [b"abc"]},
     "surrogate": "\ud800",
     "surrogate key": {"\ud800": 1},
     "itself": ITSELF,
     "202 deep": nested(202),
-    "254 deep": nested(254),
     "5000 deep": nested(5000),
     "5000 digits": 10**5000,
-    "function": print,
 }
 
 
@@ -1416,42 +1360,39 @@ async def test_a_result_that_cannot_be_sent_fails_its_task(
     async with world(work=Returns(UNSENDABLE[name])) as here:
         task_id = await here.submit()
         task = await here.final(task_id)
-        assert task["error"]["code"] == "internal_error"
+        assert task["error"] == UNEXPECTED_ERROR
         assert await here.tasks() == [task]
         assert problem_of(await here.cancel(task_id))["task"] == task
 
 
-@pytest.mark.parametrize("name", UNSENDABLE)
-async def test_parameters_that_cannot_be_sent_are_refused(name: str) -> None:
+@pytest.mark.parametrize("value", [*UNSENDABLE.values(), math.inf], ids=[*UNSENDABLE, "infinity"])
+async def test_parameters_that_cannot_be_sent_are_refused(value: Any) -> None:
     """R6: so a task type whose parameters are free-form cannot break a list either."""
     async with world() as here:
         with pytest.raises(main.InvalidParametersError):
-            here.manager.submit("compute_sum", {"free": UNSENDABLE[name]})
-        with pytest.raises(main.InvalidParametersError):
-            here.manager.submit("compute_sum", {"free": float("inf")})
+            here.manager.submit("compute_sum", {"free": value})
         assert await here.tasks() == []
 
 
 async def test_refused_parameters_are_a_400(monkeypatch: pytest.MonkeyPatch) -> None:
     """R6: what the manager refuses to store is the client's fault, and points at the parameters."""
     async with world() as here:
-        monkeypatch.setattr(BaseModel, "model_dump", lambda _: {"free": float("nan")})
-        answer = await here.post()
-        assert pointers_of(answer) == ["#/parameters"]
+        monkeypatch.setattr(BaseModel, "model_dump", lambda _: {"free": math.nan})
+        assert pointers_of(await here.post()) == ["#/parameters"]
         assert await here.tasks() == []
 
 
 SENDABLE: dict[str, tuple[Any, Any]] = {
     "201 deep": (nested(201), nested(201)),
     "tuple": ((1, "a"), [1, "a"]),
-    "generator": ((number for number in range(3)), [0, 1, 2]),
+    "generator": (iter(range(3)), [0, 1, 2]),
     "set": ({1}, [1]),
     "date": (datetime(2026, 1, 1, tzinfo=timezone.utc), "2026-01-01T00:00:00Z"),
     "dataclass": (Returns(7), {"value": 7}),
     "numbers as keys": ({1: 2}, {"1": 2}),
-    "no number": ([float("nan"), float("inf")], [None, None]),
+    "no number": ([math.nan, math.inf], [None, None]),
     "300 digits": (10**300, 10**300),
-    "emoji": ("\ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16"), "\U0001f600"),
+    "emoji": ("\N{GRINNING FACE}", "\N{GRINNING FACE}"),
 }
 
 
@@ -1482,7 +1423,7 @@ async def test_what_work_still_holds_changes_no_record() -> None:
         kept.append(object())
         assert task["parameters"] == {"numbers": [1]}
         assert task["result"] == []
-        assert len(await here.tasks()) == 1
+        assert await here.tasks() == [task]
 
 
 async def test_a_message_is_made_fit_for_json() -> None:
@@ -1508,22 +1449,21 @@ async def test_a_final_task_goes_at_its_instant(end: str) -> None:
         assert await here.status(task_id) == end
         await real_sleep(0.125)
         answer = await here.http.get(f"/tasks/{task_id}")
-        assert answer.status_code == 404
-        assert problem_of(answer)["detail"] == "There is no such task. It may have expired."
+        assert detail_of(answer, 404) == "There is no such task. It may have expired."
         assert (await here.cancel(task_id)).status_code == 404
 
 
-async def test_no_reader_sees_an_expired_task() -> None:
+@pytest.mark.parametrize("reader", ["list", "health"])
+async def test_no_reader_sees_an_expired_task(reader: str) -> None:
     """The list and the counts end at the same instant as the single task."""
     async with world(retention=10, cleanup_interval=10**6) as here:
-        for reader in ("list", "health"):
-            await here.cancel(await here.submit())
-            for wait, count in ((9.5, 1), (0.5, 0)):
-                await real_sleep(wait)
-                if reader == "list":
-                    assert len(await here.tasks()) == count
-                else:
-                    assert (await here.health())["tasks"]["cancelled"] == count
+        await here.cancel(await here.submit())
+        for wait, count in ((9.5, 1), (0.5, 0)):
+            await real_sleep(wait)
+            if reader == "list":
+                assert len(await here.tasks()) == count
+            else:
+                assert here.manager.health()["tasks"]["cancelled"] == count
 
 
 async def test_the_timer_gives_memory_back() -> None:
@@ -1533,9 +1473,11 @@ async def test_the_timer_gives_memory_back() -> None:
             await here.cancel(await here.submit())
             await real_sleep(10)
         await real_sleep(29)
-        assert (len(here.manager._tasks), len(here.limiter._hits)) == (3, 1)
+        assert len(here.manager._tasks) == 3
+        assert len(here.limiter._hits) == 1
         await real_sleep(1.5)
-        assert (len(here.manager._tasks), len(here.limiter._hits)) == (1, 0)
+        assert len(here.manager._tasks) == 1
+        assert len(here.limiter._hits) == 0
         await real_sleep(30)
         assert not here.manager._tasks
         assert not here.manager._finished
@@ -1548,7 +1490,8 @@ async def test_the_timer_survives_an_exception(
     """A round that fails is logged; the next one comes, and the other clean-up is not disturbed."""
     expected_errors.append("a round of ")
     async with world(retention=1, cleanup_interval=30, rate_window=1) as here:
-        here.manager.cancel(here.enqueue()[0]["task_id"])
+        (task,) = here.enqueue()
+        here.manager.cancel(task["task_id"])
         await here.limiter.hit("quiet")
         with monkeypatch.context() as patch:
             if broken == "manager":
@@ -1584,7 +1527,7 @@ async def test_a_timer_may_be_stopped_in_a_round() -> None:
 async def assert_closed(here: World, client: httpx.AsyncClient) -> None:
     """Assert that nothing is promised."""
     for answer in (
-        await client.post("/tasks", json=EXAMPLES["compute_sum"]),
+        await client.post("/tasks", json=SUM),
         await client.get("/health"),
         await client.head("/health"),
     ):
@@ -1600,11 +1543,10 @@ async def test_without_a_lifespan_nothing_is_accepted() -> None:
     here = World(create_app(Settings()))
     async with here.http:
         await assert_closed(here, here.http)
-        assert (await here.http.get("/tasks")).text == "[]\n"
+        assert await here.tasks() == []
         async with here.app.router.lifespan_context(here.app):
             assert (await here.http.get("/health")).status_code == 200
-            task_id = await here.submit()
-            await here.final(task_id)
+            await here.final(await here.submit())
         await real_sleep(1000)
         here.manager.expire()
         await assert_closed(here, here.http)
@@ -1629,23 +1571,22 @@ async def test_ten_requests_a_minute() -> None:
         start = main.now()
         for number in range(10):
             answer = await here.knock()
+            left = 9 - number
+            reset = 60 - 2 * number
             assert answer.status_code == 404
             assert answer.headers["ratelimit-policy"] == '"default";q=10;w=60'
-            assert answer.headers["ratelimit"] == f'"default";r={9 - number};t={60 - 2 * number}'
+            assert answer.headers["ratelimit"] == f'"default";r={left};t={reset}'
             await real_sleep(2)
         answer = await here.knock()
-        assert answer.status_code == 429
+        assert detail_of(answer, 429) == "Try again in 40 s."
         assert answer.headers["retry-after"] == "40"
         assert answer.headers["ratelimit"] == '"default";r=0;t=40'
-        assert problem_of(answer)["detail"] == "Try again in 40 s."
         await real_sleep(39.5)
         assert (await here.knock()).headers["retry-after"] == "1"
         await real_sleep(0.5)
         assert main.now() == start + 60
         assert (await here.knock()).status_code == 404
-        answer = await here.knock()
-        assert answer.status_code == 429
-        assert answer.headers["retry-after"] == "2"
+        assert (await here.knock()).headers["retry-after"] == "2"
 
 
 async def test_retry_after_is_enough_for_any_fraction() -> None:
@@ -1655,7 +1596,8 @@ async def test_retry_after_is_enough_for_any_fraction() -> None:
     for seed in range(500):
         generator = random.Random(seed)
         # Where the clock crosses a power of two, `hit + window - now` can round to over a window.
-        loop.moment = 2.0 ** generator.randrange(6, 24) - generator.uniform(0, 60)
+        border = 2.0 ** generator.randrange(6, 24)
+        loop.moment = border - generator.uniform(0, 60)
         limiter = main.RateLimiter(3, 60)
         for _ in range(3):
             assert await limiter.hit("key") == 0
@@ -1672,10 +1614,10 @@ async def test_retry_after_is_enough_for_any_fraction() -> None:
 async def test_a_refused_request_does_not_count() -> None:
     """A client that keeps knocking is let in as soon as one that waits."""
     async with world(rate_limit=2, rate_window=10) as here:
-        statuses = [(await here.knock()).status_code for _ in range(50)]
+        found = [(await here.knock()).status_code for _ in range(50)]
         await real_sleep(10)
-        statuses += [(await here.knock()).status_code for _ in range(3)]
-        assert statuses == [404, 404, *[429] * 48, 404, 404, 429]
+        found += [(await here.knock()).status_code for _ in range(3)]
+        assert found == [404, 404, *[429] * 48, 404, 404, 429]
 
 
 async def test_the_fields_are_those_of_the_moment_of_the_answer() -> None:
@@ -1720,46 +1662,43 @@ async def test_every_answer_counts_and_says_so(
 ) -> None:
     """Errors count as much as successes, and each limited answer has the limit's header fields."""
     async with world(rate_limit=2) as here:
-        headers = {"Content-Type": "application/json"}
-        for expected, left in ((status, 1), (status, 0), (429, 0)):
-            answer = await here.http.request(method, path, content=body, headers=headers)
-            assert answer.status_code == expected
-            assert problem_of(answer)
+        for expected, left in [(status, 1), (status, 0), (429, 0)]:
+            answer = await here.http.request(method, path, content=body, headers=AS_JSON)
+            assert detail_of(answer, expected)
             assert answer.headers["ratelimit"] == f'"default";r={left};t=60'
             assert ("retry-after" in answer.headers) == (expected == 429)
+
+
+async def call(app: FastAPI, scope: Json, *received: Json) -> list[Json]:
+    """Call an app as a server does, with what it may receive; return what it sends."""
+    sent: list[Any] = []
+    messages = iter(received)
+
+    async def receive() -> Json:
+        message = next(messages, None)
+        assert message is not None, "the body was read"
+        return message
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    base = {"path": "/tasks", "headers": [], "query_string": b"", "client": ("10.0.0.1", 1)}
+    await app(base | scope, receive, send)
+    return sent
 
 
 async def test_a_refused_body_is_not_read() -> None:
     """The limit is decided before anyone reads the body."""
     app = create_app(Settings(rate_limit=1))
-    scope: Json = {"type": "http", "method": "POST", "path": "/tasks", "headers": []}
-    scope |= {"client": ("10.0.0.1", 1), "query_string": b""}
-    sent: list[Any] = []
-
-    async def receive() -> Json:
-        raise AssertionError("the body was read")
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
     await app.state.limiter.hit("10.0.0.1")
-    await app(scope, receive, send)
+    sent = await call(app, {"type": "http", "method": "POST"})
     assert sent[0]["status"] == 429
 
 
 async def test_what_is_not_http_passes_by() -> None:
     """A WebSocket handshake on any path is refused by the router, and does not count."""
     app = create_app(Settings(rate_limit=1))
-    scope: Json = {"type": "websocket", "path": "/tasks", "headers": [], "query_string": b""}
-    sent: list[Any] = []
-
-    async def receive() -> Json:
-        return {"type": "websocket.connect"}
-
-    async def send(message: Any) -> None:
-        sent.append(message)
-
-    await app(scope | {"client": ("10.0.0.1", 1)}, receive, send)
+    sent = await call(app, {"type": "websocket"}, {"type": "websocket.connect"})
     assert sent[0]["type"] == "websocket.close"
     assert not app.state.limiter._hits
 
@@ -1767,8 +1706,8 @@ async def test_what_is_not_http_passes_by() -> None:
 @pytest.mark.parametrize("root_path", ["/h", "/", "/health", "/api"])
 def test_a_prefix_ends_at_a_slash(root_path: str) -> None:
     """A path that only begins with the letters of the prefix does not have the prefix."""
-    assert main.path_of({"path": "/health", "root_path": root_path}) == "/health"
-    assert main.path_of({"path": f"{root_path}/health", "root_path": root_path}) == "/health"
+    for path in ("/health", f"{root_path}/health"):
+        assert main.path_of({"path": path, "root_path": root_path}) == "/health"
 
 
 @pytest.mark.parametrize("path", sorted(main.FREE_PATHS))
@@ -1786,36 +1725,33 @@ async def test_some_paths_are_free(path: str, prefix: str) -> None:
         assert (await client.get(base + path)).status_code < 400
 
 
-@pytest.mark.parametrize(
-    ("host", "same", "other"),
-    [
-        ("192.0.2.1", ["192.0.2.1", "::ffff:192.0.2.1"], ["192.0.2.2", "2001:db8::1", None]),
-        ("2001:db8::1", ["2001:db8:0:0:ffff::9"], ["2001:db8:0:1::1", "192.0.2.1", None]),
-        ("fe80::1%eth0", ["fe80::2"], ["fe81::1"]),
-        ("::1", ["::2"], ["0:0:0:1::", None]),
-        (None, ["not an ip", "x" * 20_000, "", "300.1.1.1"], ["192.0.2.1", "::1"]),
-    ],
-    ids=["ipv4", "ipv6", "zone", "loopback", "none"],
-)
-async def test_who_shares_a_bucket(
-    host: str | None, same: list[str | None], other: list[str | None]
-) -> None:
+BUCKETS: dict[str, list[str | None]] = {
+    "IPv4": ["192.0.2.1", "::ffff:192.0.2.1"],
+    "another IPv4": ["192.0.2.2"],
+    "IPv6": ["2001:db8::1", "2001:db8:0:0:ffff::9"],
+    "another IPv6": ["2001:db8:0:1::1"],
+    "with a zone": ["fe80::1%eth0", "fe80::2"],
+    "neither": [None, "not an ip", "x" * 20_000, "", "300.1.1.1"],
+}
+
+
+async def test_who_shares_a_bucket() -> None:
     """One bucket an IPv4 address, mapped or not, one an IPv6 /64, and one for all that is neither."""
     async with world(rate_limit=1) as here:
-        async with here.client(host) as client:
-            assert (await client.get(KNOCK)).status_code == 404
-        for hosts, status in ((same, 429), (other, 404)):
-            for address in hosts:
-                async with here.client(address) as client:
-                    assert (await client.get(KNOCK)).status_code == status, address
+        for name, hosts in BUCKETS.items():
+            for number, host in enumerate(hosts):
+                async with here.client(host) as client:
+                    answer = await client.get(KNOCK)
+                    assert answer.status_code == (429 if number else 404), name
 
 
 async def test_the_header_of_a_proxy_is_not_read() -> None:
     """X-Forwarded-For is uvicorn's to trust: here it changes nothing."""
     async with world(rate_limit=1) as here:
-        for number, status in ((1, 404), (2, 429)):
-            headers = {"X-Forwarded-For": f"192.0.2.{number}", "Forwarded": f"for=192.0.2.{number}"}
-            assert (await here.http.get(KNOCK, headers=headers)).status_code == status
+        for address, status in (("192.0.2.1", 404), ("192.0.2.2", 429)):
+            headers = {"X-Forwarded-For": address, "Forwarded": f"for={address}"}
+            answer = await here.http.get(KNOCK, headers=headers)
+            assert answer.status_code == status
 
 
 async def test_the_limiter_keeps_only_what_it_needs() -> None:
@@ -1838,6 +1774,8 @@ async def test_the_limiter_keeps_only_what_it_needs() -> None:
 
 # --- Bad input: refused at the door, in one shape, and told where ---------------------------------
 
+AS_JSON = {"Content-Type": "application/json"}
+
 
 def of_sum(numbers: str) -> bytes:
     """Return the body of a compute_sum."""
@@ -1859,14 +1797,15 @@ NUMBER = "Input should be a number from -1e300 to 1e300"
 OBJECT = "Input should be an object sent as application/json"
 TYPE = f"Input should be one of {', '.join(EXAMPLES)}"
 EXTRA = "Extra inputs are not permitted"
+DEEP = "Malformed JSON: recursion limit"
 BAD_BODIES: dict[str, tuple[bytes, str, str]] = {
     "empty": (b"", "#", "Field required"),
     "malformed": (b'{"task_type":', "#", "Malformed JSON: EOF while parsing a value"),
     "array": (b"[]", "#", OBJECT),
     "UTF-16": (of_sum("[1]").decode().encode("utf-16"), "#", "Malformed JSON"),
-    "deep": (b"[" * 60_000, "#", "Malformed JSON: recursion limit"),
-    "deep type": (b'{"task_type": %b' % (b"[" * 60_000), "#", "Malformed JSON: recursion limit"),
-    "deep numbers": (of_sum("[" * 60_000), "#", "Malformed JSON: recursion limit"),
+    "deep": (b"[" * 60_000, "#", DEEP),
+    "deep type": (b'{"task_type": %b' % (b"[" * 60_000), "#", DEEP),
+    "deep numbers": (of_sum("[" * 60_000), "#", DEEP),
     "NaN": (of_sum("[NaN]"), FIRST, NUMBER),
     "1e400": (of_sum("[1e400]"), FIRST, NUMBER),
     "4000 digits": (of_sum(f"[{'9' * 4000}]"), FIRST, NUMBER),
@@ -1895,9 +1834,8 @@ async def test_bad_bodies_are_refused_at_the_door(name: str) -> None:
     """Poison gets a short 400 that points at it, in little time, and leaves nothing in the store."""
     body, pointer, detail = BAD_BODIES[name]
     async with world() as here:
-        headers = {"Content-Type": "application/json"}
         start = time.process_time()
-        answer = await here.http.post("/tasks", content=body, headers=headers)
+        answer = await here.http.post("/tasks", content=body, headers=AS_JSON)
         assert time.process_time() - start < 0.1  # a body that is parsed to its depth takes more
         assert pointers_of(answer) == [pointer]
         assert len(answer.content) < 500
@@ -1922,21 +1860,21 @@ async def test_good_bodies_at_the_edge_are_taken(body: bytes) -> None:
     """What is just within the bounds is accepted, and comes back in valid JSON."""
     async with world() as here:
         for kind in ("application/json", "application/json; charset=utf-8", "application/x+json"):
-            answer = await here.http.post("/tasks", content=body, headers={"Content-Type": kind})
+            headers = {"Content-Type": kind}
+            answer = await here.http.post("/tasks", content=body, headers=headers)
             assert answer.status_code == 202, answer.text
         assert len(await here.tasks()) == 3
 
 
-@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", None])
-async def test_json_has_to_say_that_it_is(kind: str | None) -> None:
+@pytest.mark.parametrize("headers", [{"Content-Type": "text/plain"}, {}])
+async def test_json_has_to_say_that_it_is(headers: dict[str, str]) -> None:
     """A body that is not sent as JSON gets a 400 that says how to send it."""
     async with world() as here:
-        headers = {"Content-Type": kind} if kind else {}
         answer = await here.http.post("/tasks", content=of_sum("[1]"), headers=headers)
         assert problem_of(answer)["errors"] == [{"detail": OBJECT, "pointer": "#"}]
 
 
-async def test_a_message_of_a_validator_is_made_fit() -> None:
+def test_a_message_of_a_validator_is_made_fit() -> None:
     """A validator's own words, and a key, can be long and hold half a surrogate pair."""
     place = ("body", "compute_sum", "\ud800é")
     error = {"type": "value_error", "msg": "\ud800" * 1000, "loc": place}
@@ -1955,12 +1893,12 @@ async def test_many_errors_are_not_all_listed() -> None:
     async with world() as here:
         fields: Json = {f"field{number}": number for number in range(1000)}
         answer = await here.post("simulate_failure", **fields)
-        assert pointers_of(answer) == [f"#/field{number}" for number in range(10)]
+        assert len(pointers_of(answer)) == 10
 
 
-@pytest.mark.parametrize(("size", "status"), [(1000, 400), (1001, 413)])
+@pytest.mark.parametrize("size", [1000, 1001])
 @pytest.mark.parametrize("chunked", [False, True])
-async def test_a_body_has_its_limit(size: int, status: int, chunked: bool) -> None:
+async def test_a_body_has_its_limit(size: int, chunked: bool) -> None:
     """One byte more than `max_body` is a 413, whether or not the length was declared."""
 
     async def parts() -> AsyncIterator[bytes]:
@@ -1968,21 +1906,20 @@ async def test_a_body_has_its_limit(size: int, status: int, chunked: bool) -> No
             yield b"x" * min(100, size - start)
 
     async with world(max_body=1000) as here:
-        headers = {"Content-Type": "application/json"}
         content = parts() if chunked else b"x" * size
-        answer = await here.http.post("/tasks", content=content, headers=headers)
-        assert answer.status_code == status
-        if status == 413:
-            assert problem_of(answer)["detail"] == "The body is longer than 1000 bytes."
+        answer = await here.http.post("/tasks", content=content, headers=AS_JSON)
+        if size == 1000:
+            assert answer.status_code == 400
+        else:
+            assert detail_of(answer, 413) == "The body is longer than 1000 bytes."
 
 
 @pytest.mark.parametrize("length", ["x", "-5", "9" * 5000])
 async def test_a_declared_length_that_is_none_is_ignored(length: str) -> None:
     """A Content-Length that is no number decides nothing: what comes is what counts."""
     async with world() as here:
-        headers = {"Content-Type": "application/json", "Content-Length": length}
-        body = of_failure(b'"parameters": {}')
-        answer = await here.http.post("/tasks", content=body, headers=headers)
+        headers = {**AS_JSON, "Content-Length": length}
+        answer = await here.http.post("/tasks", content=of_sum("[1]"), headers=headers)
         assert answer.status_code == 202
 
 
@@ -1994,9 +1931,8 @@ async def test_a_declared_length_that_is_none_is_ignored(length: str) -> None:
         ("GET", "/tasks?status=%ff", "status", "'queued'"),
         ("GET", "/tasks?state=failed", "state", EXTRA),
         ("GET", "/tasks?" + "k" * 5000, "k" * 50, EXTRA),
-        ("GET", "/tasks/x", "task_id", "valid UUID"),
-        ("DELETE", "/tasks/" + "a" * 5000, "task_id", "valid UUID"),
         ("GET", "/tasks/%00", "task_id", "valid UUID"),
+        ("DELETE", "/tasks/" + "a" * 5000, "task_id", "valid UUID"),
         ("GET", f"/tasks/{NOBODY}?wait=maybe", "wait", "valid boolean"),
         ("GET", f"/tasks/{NOBODY}?wait=true&since=", "since", "'queued'"),
         ("GET", f"/tasks/{NOBODY}?wiat=true", "wiat", EXTRA),
@@ -2018,7 +1954,7 @@ async def test_bad_queries_and_ids(method: str, path: str, pointer: str, detail:
 async def test_a_submission_has_no_query() -> None:
     """An unknown parameter of a POST is a 400 too, and nothing is queued."""
     async with world() as here:
-        answer = await here.http.post("/tasks?dry=true", json=EXAMPLES["compute_sum"])
+        answer = await here.http.post("/tasks?dry=true", json=SUM)
         assert pointers_of(answer) == ["dry"]
         assert await here.tasks() == []
 
@@ -2039,9 +1975,8 @@ async def test_405_names_every_method(method: str, path: str, allow: str) -> Non
     """RFC 9110: Allow has all methods of the path, not those of one route."""
     async with world() as here:
         answer = await here.http.request(method, path)
-        assert answer.status_code == 405
+        assert detail_of(answer, 405) == "This path has other methods: see Allow."
         assert answer.headers["allow"] == allow
-        assert problem_of(answer)["detail"] == "This path has other methods: see Allow."
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/health", "/tasks", "/tasks/id", "/nowhere"])
@@ -2057,14 +1992,13 @@ async def test_head_is_get_without_a_body(path: str) -> None:
             assert head.headers.get(name) == get.headers.get(name)
 
 
-@pytest.mark.parametrize("path", ["/nowhere", "/tasks/", "/tasks/a/b", "//", "/health/", "/Tasks"])
+@pytest.mark.parametrize("path", ["/nowhere", "/tasks/", "//", "/health/", "/Tasks"])
 async def test_404_is_a_problem_too(path: str) -> None:
     """Unknown paths get a problem, and never a redirect built from the Host header."""
     async with world() as here:
         answer = await here.http.get("http://evil.test" + path)
-        assert answer.status_code == 404
-        assert "evil" not in str(answer.headers) + answer.text
-        assert problem_of(answer)["detail"] == "Not Found"
+        assert detail_of(answer, 404) == "Not Found"
+        assert "evil" not in str(answer.headers)
 
 
 async def test_the_root_leads_to_the_docs() -> None:
@@ -2080,11 +2014,9 @@ async def test_the_root_leads_to_the_docs() -> None:
 @pytest.mark.parametrize(
     ("root_path", "prefix"),
     [
-        ("", ""),
         ("/", ""),
         ("/api", "/api"),
-        ("/api/", "/api"),
-        ("//api", "/api"),
+        ("//api/", "/api"),
         ("/a b/ü", "/a%20b/%C3%BC"),
         ("/50%", "/50%25"),
     ],
@@ -2092,8 +2024,9 @@ async def test_the_root_leads_to_the_docs() -> None:
 async def test_links_have_the_prefix_of_a_proxy(root_path: str, prefix: str) -> None:
     """Behind `--root-path` the Location and the redirect have the prefix, fit for a URL."""
     async with world() as here, here.client("10.0.0.1", root_path=root_path) as client:
-        answer = await client.post("/tasks", json=EXAMPLES["compute_sum"])
-        assert answer.headers["location"] == f"{prefix}/tasks/{answer.json()['task_id']}"
+        answer = await client.post("/tasks", json=SUM)
+        task_id = answer.json()["task_id"]
+        assert answer.headers["location"] == f"{prefix}/tasks/{task_id}"
         answer = await client.get(f"http://test{root_path}/")
         assert answer.headers["location"] == f"{prefix}/docs"
 
@@ -2106,12 +2039,12 @@ async def test_links_have_the_prefix_of_a_mount(mount: str) -> None:
         parent.mount(mount, here.app)
         transport = httpx.ASGITransport(parent)
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            answer = await client.post(f"{mount}/tasks", json=EXAMPLES["compute_sum"])
-            assert answer.headers["location"].isascii()
-            task = (await client.get(answer.headers["location"])).json()
-            assert task["task_id"] == answer.json()["task_id"]
-            assert (await client.get(f"{mount}/health")).status_code == 200
-            assert (await client.put(f"{mount}/tasks")).headers["allow"] == "GET, HEAD, POST"
+            answer = await client.post(f"{mount}/tasks", json=SUM)
+            location = answer.headers["location"]
+            assert location.isascii()
+            assert (await client.get(location)).json()["task_id"] == answer.json()["task_id"]
+            answer = await client.put(f"{mount}/tasks")
+            assert answer.headers["allow"] == "GET, HEAD, POST"
 
 
 def bug(*_: Any) -> None:
@@ -2133,29 +2066,29 @@ async def test_a_bug_is_a_500_that_tells_nothing(
         for method in ("submit", "health"):
             monkeypatch.setattr(here.manager, method, fault)
         answer = await here.post()
-        assert answer.status_code == 500
-        assert problem_of(answer)["detail"] == "The server failed."
+        assert detail_of(answer, 500) == "The server failed."
         assert "secret" not in answer.text
         assert set(answer.headers) >= LIMIT_FIELDS
         assert (await here.http.get("/health")).status_code == 500
         transport = httpx.ASGITransport(here.app)  # this one raises what the server would log
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             with pytest.raises((RuntimeError, ValueError)):
-                await client.post("/tasks", json=EXAMPLES["compute_sum"])
+                await client.post("/tasks", json=SUM)
 
 
 async def test_a_route_of_somebodys_own() -> None:
-    """Its HTTPException keeps its words and fields, and its 405 names the methods that it has."""
+    """Its HTTPException keeps its words and fields, its 405 its methods, and /docs work."""
     async with world() as here:
 
-        @here.app.post("/tea")
+        @here.app.post("/tea", responses={404: {"description": "no tea"}})
         async def tea() -> None:
             raise HTTPException(418, "short and stout", {"X-Pot": "1"})
 
         answer = await here.http.post("/tea")
-        assert problem_of(answer)["detail"] == "short and stout"
+        assert detail_of(answer, 418) == "short and stout"
         assert answer.headers["x-pot"] == "1"
         assert (await here.http.get("/tea")).headers["allow"] == "POST"
+        assert (await here.http.get("/openapi.json")).status_code == 200
 
 
 # --- The OpenAPI document: what /docs and generated clients see -----------------------------------
@@ -2355,7 +2288,8 @@ async def test_stop_with_work_in_hand() -> None:
         assert here.manager._queue.qsize() == 15
         start = main.now()
     assert main.now() == start
-    assert {task["status"] for _, task in await asyncio.gather(*polls)} == {"cancelled"}
+    for poll in polls:
+        assert await poll == (0, "cancelled")
 
 
 async def test_polls_are_answered_when_the_server_is_told_to_stop() -> None:
@@ -2366,10 +2300,9 @@ async def test_polls_are_answered_when_the_server_is_told_to_stop() -> None:
         poll = here.poll(queued)
         await real_sleep(1)
         here.manager.stop_waiting()
-        assert await poll == (1, queued)
-        for task, status in ((running, "processing"), (queued, "queued")):
-            took, answer = await clock(here.get(task["task_id"], wait=True))
-            assert (took, answer["status"]) == (0, status)
+        assert await poll == (1, "queued")
+        assert await held(here.get(queued["task_id"], wait=True)) == (0, "queued")
+        assert await held(here.get(running["task_id"], wait=True)) == (0, "processing")
         assert (await here.post()).status_code == 503
         assert (await here.http.get("/health")).status_code == 503
 
@@ -2386,9 +2319,8 @@ async def test_a_signal_wakes_the_polls_and_goes_on_to_the_server(signum: int) -
             poll = here.poll(queued)
             await ticks()
             signal.raise_signal(signum)
-            took, task = await poll
+            assert await poll == (0, "queued")
             assert received == [signum]
-            assert (took, task["status"]) == (0, "queued")
         assert signal.getsignal(signum) is server_handler
     finally:
         signal.signal(signum, before)
@@ -2456,29 +2388,6 @@ async def test_stopped_before_the_first_step() -> None:
     assert {task["status"] for task in here.manager._tasks.values()} == {"cancelled"}
 
 
-async def test_a_stop_that_is_cut_short_leaves_no_entry(
-    monkeypatch: pytest.MonkeyPatch, expected_errors: list[str]
-) -> None:
-    """R4: a batch that has died and is stopped while it still waits leaves nothing in the queue."""
-
-    async def job(*_: Any) -> None:
-        try:
-            await asyncio.sleep(100)
-        finally:
-            await asyncio.sleep(2)
-
-    expected_errors.append("a worker died")
-    async with world(work=job, workers=2) as here:
-        here.enqueue()
-        await ticks()
-        await kill_by_exception(here, monkeypatch)
-        tasks = here.enqueue(3)
-        await ticks()
-        assert here.manager._running
-    assert here.manager._queue.empty()
-    assert {task["status"] for task in tasks} == {"cancelled"}
-
-
 async def test_stopping_waits_for_clean_up_but_not_for_ever() -> None:
     """Stopping awaits the clean-up of cancelled work, for `CANCEL_GRACE` seconds."""
     cleaned = []
@@ -2501,16 +2410,6 @@ async def test_stopping_waits_for_clean_up_but_not_for_ever() -> None:
     await real_sleep(50)
     assert cleaned == [2, 50]
     assert not here.manager._running
-
-
-async def test_two_worlds_do_not_touch() -> None:
-    """`create_app` makes a world of its own each time."""
-    async with world() as one, world() as two:
-        task_id = await one.submit()
-        assert (await two.http.get(f"/tasks/{task_id}")).status_code == 404
-        assert len(await one.tasks()) == 1
-        assert await two.tasks() == []
-        await one.cancel(task_id)
 
 
 # --- Every order of the loop ----------------------------------------------------------------------
@@ -2582,45 +2481,33 @@ class Model:
             assert before is None
 
     def poll(self) -> None:
-        """Start a poll, and check when it ends that it had a reason to."""
-
-        async def poll(task_id: str, since: Status) -> None:
-            start = main.now()
-            task = await self.manager.wait(task_id, since)
-            held = main.now() - start
-            changed = task["status"] != since or task["status"] in FINAL
-            assert changed or held == self.manager._settings.long_poll or not self.manager._open
-            # A change that was slept through would have been seen late.
-            last = self.changes.get(task_id, [])
-            assert not changed or any(moment == main.now() for moment in last) or held == 0
-
-        for task_id in self.generator.sample(sorted(self.seen), min(1, len(self.seen))):
+        """Start a poll of a random task."""
+        if self.seen:
+            task_id = self.generator.choice(list(self.seen))
             task = self.manager.find(task_id)
             if task is not None:
-                self.polls.append(asyncio.create_task(poll(task_id, task["status"])))
+                poll = self.check_poll(task_id, task["status"])
+                self.polls.append(asyncio.create_task(poll))
+
+    async def check_poll(self, task_id: str, since: Status) -> None:
+        """Poll a task, and check that the answer has come when there was a reason to."""
+        took, task = await clock(self.manager.wait(task_id, since))
+        if task["status"] != since:
+            # A change that was slept through would be told late.
+            changed_at = task["finished_at"] or task["started_at"]
+            assert took == 0 or changed_at == main.timestamp(main.utc_now())
+        elif since not in FINAL:
+            assert took == self.manager._settings.long_poll or not self.manager._open
 
     async def list(self) -> None:
         """Read a whole list, slowly."""
-        lines = []
+        body = b""
         async for chunk in main.stream_tasks(self.manager, None, None):
-            lines.append(chunk)
+            body += chunk
             await ticks(self.generator.randrange(3))
-        ids = [task["task_id"] for task in json.loads(b"".join(lines))]
+        ids = [task["task_id"] for task in json.loads(body)]
         assert len(set(ids)) == len(ids)
         assert set(ids) <= set(self.seen)
-
-    def watch(self) -> None:
-        """Note the moment of every change of a status."""
-        self.changes: dict[str, list[float]] = {}
-        change_status = self.manager._change_status
-
-        def spy(task: Task, *arguments: Any, **more: Any) -> bool:
-            changed = change_status(task, *arguments, **more)
-            if changed:
-                self.changes.setdefault(task["task_id"], []).append(main.now())
-            return changed
-
-        self.manager._change_status = spy  # type: ignore[method-assign]  # a spy
 
     def check(self) -> None:
         """Compare each task with how it was before, and the books with each other."""
@@ -2629,7 +2516,8 @@ class Model:
         for task_id, old in list(self.seen.items()):
             new = self.manager._tasks.get(task_id)
             if new is None:
-                assert self.changes[task_id][-1] + self.manager._settings.retention <= main.now()
+                assert old["expires_at"]
+                assert old["expires_at"] <= main.timestamp(main.utc_now())
                 del self.seen[task_id]
                 continue
             if old["status"] in FINAL:
@@ -2646,7 +2534,6 @@ async def walk(generator: random.Random, steps: int) -> None:
     settings = Settings(workers=3, queue_size=6, retention=20, priority_step=5, long_poll=4)
     here = World(create_app(settings))
     model = Model(here, generator)
-    model.watch()
     for _ in range(2):
         async with here.app.router.lifespan_context(here.app):
             for _ in range(steps):
@@ -2659,7 +2546,7 @@ async def walk(generator: random.Random, steps: int) -> None:
             if generator.random() < 0.5:
                 here.manager.stop_waiting()
         model.check()
-        assert all(task["status"] in FINAL for task in here.manager._tasks.values())
+        assert set(statuses(here.manager._tasks.values())) <= FINAL
         await asyncio.gather(*model.polls)
     await ticks()
     assert asyncio.all_tasks() == {asyncio.current_task()}
