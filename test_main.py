@@ -215,7 +215,7 @@ def expected_errors(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     caplog.set_level(logging.INFO)
     yield expected
     gc.collect(1)  # asyncio logs an exception that nobody has retrieved when its task is collected
-    records = caplog.get_records("call")
+    records = caplog.get_records("call") + caplog.get_records("teardown")
     errors = [record.getMessage() for record in records if record.levelno >= logging.ERROR]
     for error in errors:
         assert any(part in error for part in expected), error
@@ -356,7 +356,7 @@ async def world(work: Job | None = None, **settings: Any) -> AsyncIterator[World
     """Start an app, by default with a limit that no test reaches, and stop it; leave nothing."""
     settings = {"rate_limit": 10**6, **settings}
     here = World(create_app(Settings(**settings)), work)
-    before = asyncio.all_tasks()
+    before = strays()
     async with here.app.router.lifespan_context(here.app), here.http:
         await ticks()  # the workers have started, and wait
         yield here
@@ -364,7 +364,27 @@ async def world(work: Job | None = None, **settings: Any) -> AsyncIterator[World
     here.check_books()
     assert set(statuses(here.manager._tasks.values())) <= FINAL
     await ticks()
-    assert asyncio.all_tasks() == before
+    assert strays() == before
+
+
+def strays() -> set[asyncio.Task[Any]]:
+    """Return the asyncio tasks that there are, but for those of the test runner and the test."""
+    others = {task for task in asyncio.all_tasks() if "TestRunner" not in repr(task)}
+    return others - {asyncio.current_task()}
+
+
+@pytest.fixture
+async def here() -> AsyncIterator[World]:
+    """A world with the program's own settings, but for the limit."""
+    async with world() as here:
+        yield here
+
+
+@pytest.fixture
+async def single() -> AsyncIterator[World]:
+    """A world with one worker, so that one task runs and the others wait."""
+    async with world(workers=1) as here:
+        yield here
 
 
 async def ticks(count: int = 5) -> None:
@@ -422,30 +442,28 @@ def pointers_of(answer: httpx.Response) -> list[str]:
 # --- Submission and results: what a task is, and what its work gives ------------------------------
 
 
-async def test_submission_is_accepted_with_its_place() -> None:
+async def test_submission_is_accepted_with_its_place(here: World) -> None:
     """A submission answers 202 with id, status and Location, and nothing else."""
-    async with world() as here:
-        answer = await here.post()
-        task_id = answer.json()["task_id"]
-        assert answer.status_code == 202
-        assert answer.json() == {"task_id": task_id, "status": "queued"}
-        assert answer.headers["location"] == f"/tasks/{task_id}"
-        assert answer.headers["content-type"] == "application/json"
-        assert answer.headers["cache-control"] == "no-store"
-        assert UUID(task_id).version == 4
-        assert str(UUID(task_id)) == task_id
+    answer = await here.post()
+    task_id = answer.json()["task_id"]
+    assert answer.status_code == 202
+    assert answer.json() == {"task_id": task_id, "status": "queued"}
+    assert answer.headers["location"] == f"/tasks/{task_id}"
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["cache-control"] == "no-store"
+    assert UUID(task_id).version == 4
+    assert str(UUID(task_id)) == task_id
 
 
 @pytest.mark.parametrize("task_type", EXAMPLES)
-async def test_every_example_does_what_it_says(task_type: str) -> None:
+async def test_every_example_does_what_it_says(here: World, task_type: str) -> None:
     """Each type's own example is accepted, has its work done, and ends as work ends."""
-    async with world() as here:
-        task = await here.final(await here.submit(task_type))
-        assert task["task_type"] == task_type
-        if task["status"] == "failed":
-            assert task["error"]["code"] == "task_failed"
-        else:
-            assert task["status"] == "completed"
+    task = await here.final(await here.submit(task_type))
+    assert task["task_type"] == task_type
+    if task["status"] == "failed":
+        assert task["error"]["code"] == "task_failed"
+    else:
+        assert task["status"] == "completed"
 
 
 @pytest.mark.parametrize(
@@ -456,21 +474,20 @@ async def test_every_example_does_what_it_says(task_type: str) -> None:
     ],
 )
 async def test_work_takes_its_time_and_gives_its_result(
-    task_type: str, seconds: float, result: Any, sleeper: Sleeper
+    here: World, task_type: str, seconds: float, result: Any, sleeper: Sleeper
 ) -> None:
     """A task takes its time, neither less nor more, in ten steps, and has its result."""
-    async with world() as here:
-        task_id = await here.submit(task_type)
-        await real_sleep(seconds - 0.001)
-        assert await here.status(task_id) == "processing"
-        await real_sleep(0.001)
-        await ticks()
-        task = await here.get(task_id)
-        assert task["status"] == "completed"
-        assert task["progress"] == 100
-        assert task["result"] == result
-        assert task["error"] is None
-        assert sleeper.slept.count(seconds / 10) == 10
+    task_id = await here.submit(task_type)
+    await real_sleep(seconds - 0.001)
+    assert await here.status(task_id) == "processing"
+    await real_sleep(0.001)
+    await ticks()
+    task = await here.get(task_id)
+    assert task["status"] == "completed"
+    assert task["progress"] == 100
+    assert task["result"] == result
+    assert task["error"] is None
+    assert sleeper.slept.count(seconds / 10) == 10
 
 
 EXACT = 2**53 + 1  # the first integer that no float is
@@ -496,18 +513,17 @@ def test_sums_are_exact(numbers: list[float], result: float) -> None:
         assert type(found) is type(result)
 
 
-async def test_a_failure_is_the_clients_to_read() -> None:
+async def test_a_failure_is_the_clients_to_read(here: World) -> None:
     """A failed task says its message, or the default one when `parameters` was left out."""
-    async with world() as here:
-        message = "no disk\nINFO: forged"
-        told = await here.submit("simulate_failure", parameters={"message": message})
-        default = await here.submit("simulate_failure")
-        for task_id, expected in ((told, message), (default, "simulated failure")):
-            task = await here.final(task_id)
-            assert task["status"] == "failed"
-            assert task["result"] is None
-            assert task["progress"] == 90
-            assert task["error"] == {"code": "task_failed", "message": expected}
+    message = "no disk\nINFO: forged"
+    told = await here.submit("simulate_failure", parameters={"message": message})
+    default = await here.submit("simulate_failure")
+    for task_id, expected in ((told, message), (default, "simulated failure")):
+        task = await here.final(task_id)
+        assert task["status"] == "failed"
+        assert task["result"] is None
+        assert task["progress"] == 90
+        assert task["error"] == {"code": "task_failed", "message": expected}
 
 
 async def test_a_task_has_one_shape_in_every_state() -> None:
@@ -576,25 +592,24 @@ async def test_time_scale_multiplies_the_work(scale: float) -> None:
         assert await held(here.final(task_id)) == (5 * scale, "completed")
 
 
-async def test_the_list_filters_and_limits_in_order_of_submission() -> None:
+async def test_the_list_filters_and_limits_in_order_of_submission(single: World) -> None:
     """The list is in order of submission, by status and up to a limit."""
-    async with world(workers=1) as here:
-        answer = await here.http.get("/tasks")
-        assert answer.text == "[]\n"
-        assert answer.headers["content-type"] == "application/json"
-        assert answer.headers["cache-control"] == "no-store"
-        ids = [await here.submit() for _ in range(4)]
-        await real_sleep(5.001)
-        await here.cancel(ids[2])
-        tasks = await here.tasks()
-        assert [task["task_id"] for task in tasks] == ids
-        assert statuses(tasks) == ["completed", "processing", "cancelled", "queued"]
-        for task in tasks:
-            assert await here.tasks(status=task["status"]) == [task]
-            assert await here.get(task["task_id"]) == task
-        assert await here.tasks(status="failed") == []
-        assert await here.tasks(limit=2) == tasks[:2]
-        assert await here.tasks(status="queued", limit=10**30) == tasks[3:]
+    answer = await single.http.get("/tasks")
+    assert answer.text == "[]\n"
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.headers["cache-control"] == "no-store"
+    ids = [await single.submit() for _ in range(4)]
+    await real_sleep(5.001)
+    await single.cancel(ids[2])
+    tasks = await single.tasks()
+    assert [task["task_id"] for task in tasks] == ids
+    assert statuses(tasks) == ["completed", "processing", "cancelled", "queued"]
+    for task in tasks:
+        assert await single.tasks(status=task["status"]) == [task]
+        assert await single.get(task["task_id"]) == task
+    assert await single.tasks(status="failed") == []
+    assert await single.tasks(limit=2) == tasks[:2]
+    assert await single.tasks(status="queued", limit=10**30) == tasks[3:]
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, main.CHUNK_TASKS, 1000])
@@ -613,13 +628,12 @@ async def test_the_stream_is_json_of_every_length(count: int) -> None:
             assert await here.tasks(limit=limit) == tasks[:limit]
 
 
-async def test_large_tasks_are_sent_one_by_one() -> None:
+async def test_large_tasks_are_sent_one_by_one(here: World) -> None:
     """Others get a turn after 64 KiB, whether these are many tasks or one."""
-    async with world() as here:
-        for _ in range(3):
-            here.manager.submit("compute_sum", {"numbers": [0.123456] * 9000})
-        counts = [chunk.count(b"task_id") for chunk in await here.chunks()]
-        assert counts == [1, 1, 1, 0]
+    for _ in range(3):
+        here.manager.submit("compute_sum", {"numbers": [0.123456] * 9000})
+    counts = [chunk.count(b"task_id") for chunk in await here.chunks()]
+    assert counts == [1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("status", ["queued", "failed"])
@@ -691,14 +705,13 @@ async def test_health_counts_everything() -> None:
         assert health["workers"] == {"busy": 2, "total": 2}
 
 
-async def test_health_looks_at_no_task(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_looks_at_no_task(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """The cost of /health does not grow with the tasks: counts are kept and not counted."""
-    async with world() as here:
-        here.enqueue(3)
-        with monkeypatch.context() as patch:
-            patch.setattr(here.manager, "_tasks", None)
-            health = here.manager.health()
-        assert health["tasks"]["queued"] == 3
+    here.enqueue(3)
+    with monkeypatch.context() as patch:
+        patch.setattr(here.manager, "_tasks", None)
+        health = here.manager.health()
+    assert health["tasks"]["queued"] == 3
 
 
 async def test_the_life_of_a_task_is_logged(caplog: pytest.LogCaptureFixture) -> None:
@@ -718,14 +731,13 @@ async def test_the_life_of_a_task_is_logged(caplog: pytest.LogCaptureFixture) ->
 # --- Polling (R1, R2): no change is slept through -------------------------------------------------
 
 
-async def test_a_long_poll_ends_with_the_change() -> None:
+async def test_a_long_poll_ends_with_the_change(single: World) -> None:
     """R2: a poll with `wait=true` is held until the status changes, at that very moment."""
-    async with world(workers=1) as here:
-        first = await here.submit()
-        second = await here.submit()
-        assert await held(here.get(second, wait=True)) == (5, "processing")
-        assert await held(here.get(second, wait=True)) == (5, "completed")
-        assert await held(here.get(first, wait=True)) == (0, "completed")
+    first = await single.submit()
+    second = await single.submit()
+    assert await held(single.get(second, wait=True)) == (5, "processing")
+    assert await held(single.get(second, wait=True)) == (5, "completed")
+    assert await held(single.get(first, wait=True)) == (0, "completed")
 
 
 @pytest.mark.parametrize("long_poll", [0, 3, 10])
@@ -737,14 +749,13 @@ async def test_a_long_poll_has_its_bound(long_poll: float) -> None:
         assert await held(here.get(task_id, wait=True)) == (long_poll, "queued")
 
 
-async def test_a_poll_without_wait_answers_at_once() -> None:
+async def test_a_poll_without_wait_answers_at_once(single: World) -> None:
     """Only `wait=true` waits; `since` alone, and `wait=false`, do not."""
-    async with world(workers=1) as here:
-        await here.submit()
-        task_id = await here.submit()
-        assert await held(here.get(task_id)) == (0, "queued")
-        assert await held(here.get(task_id, since="queued")) == (0, "queued")
-        assert await held(here.get(task_id, wait=False)) == (0, "queued")
+    await single.submit()
+    task_id = await single.submit()
+    assert await held(single.get(task_id)) == (0, "queued")
+    assert await held(single.get(task_id, since="queued")) == (0, "queued")
+    assert await held(single.get(task_id, wait=False)) == (0, "queued")
 
 
 @pytest.mark.parametrize("since", STATUSES)
@@ -759,29 +770,27 @@ async def test_since_is_a_cursor(since: Status) -> None:
             assert await held(here.get(task_id, wait=True, since=since)) == (seconds, status)
 
 
-async def test_any_number_may_poll_one_task() -> None:
+async def test_any_number_may_poll_one_task(single: World) -> None:
     """R2: one change wakes all that wait for it, and the next one all that wait again."""
-    async with world(workers=1) as here:
-        _, task = here.enqueue(2)
-        for status in ("processing", "completed"):
-            polls = [here.poll(task) for _ in range(200)]
-            for poll in polls:
-                assert await poll == (5, status)
+    _, task = single.enqueue(2)
+    for status in ("processing", "completed"):
+        polls = [single.poll(task) for _ in range(200)]
+        for poll in polls:
+            assert await poll == (5, status)
 
 
-async def test_a_poller_may_leave() -> None:
+async def test_a_poller_may_leave(single: World) -> None:
     """A cancelled poll is cancelled at once, leaves no waiter, and the others go on."""
-    async with world(workers=1) as here:
-        _, task = here.enqueue(2)
-        leaving = here.poll(task)
-        staying = here.poll(task)
-        await ticks()
-        leaving.cancel()
-        await ticks()
-        assert leaving.cancelled()
-        assert not staying.done()
-        assert len(here.manager._changed[task["task_id"]]._waiters) == 1
-        assert await staying == (5, "processing")
+    _, task = single.enqueue(2)
+    leaving = single.poll(task)
+    staying = single.poll(task)
+    await ticks()
+    leaving.cancel()
+    await ticks()
+    assert leaving.cancelled()
+    assert not staying.done()
+    assert len(single.manager._changed[task["task_id"]]._waiters) == 1
+    assert await staying == (5, "processing")
 
 
 async def test_a_poller_outlives_the_record() -> None:
@@ -818,48 +827,46 @@ SOME_ERROR: main.TaskError = {"code": "timeout", "message": "m"}
 
 @pytest.mark.parametrize("before", STATUSES)
 @pytest.mark.parametrize("after", STATUSES)
-async def test_only_five_transitions_happen(before: Status, after: Status) -> None:
+async def test_only_five_transitions_happen(here: World, before: Status, after: Status) -> None:
     """R3: of all ordered pairs of statuses only five are possible; the others change nothing."""
-    async with world() as here:
-        (task,) = here.enqueue()
-        change_status = here.manager._change_status
-        for status in WAYS[before]:
-            assert change_status(task, status, error=SOME_ERROR)
-        copy = task.copy()
-        changed = change_status(task, after, result=1, error=SOME_ERROR)
-        assert changed == ((before, after) in ALLOWED)
-        assert task["status"] == (after if changed else before)
-        assert changed or task == copy
-        assert (task["progress"] == 100) == (task["status"] == "completed")
-        here.manager._queue.remove(task["task_id"])
-        change_status(task, "cancelled")
+    (task,) = here.enqueue()
+    change_status = here.manager._change_status
+    for status in WAYS[before]:
+        assert change_status(task, status, error=SOME_ERROR)
+    copy = task.copy()
+    changed = change_status(task, after, result=1, error=SOME_ERROR)
+    assert changed == ((before, after) in ALLOWED)
+    assert task["status"] == (after if changed else before)
+    assert changed or task == copy
+    assert (task["progress"] == 100) == (task["status"] == "completed")
+    here.manager._queue.remove(task["task_id"])
+    change_status(task, "cancelled")
 
 
-async def test_the_cancel_table() -> None:
+async def test_the_cancel_table(single: World) -> None:
     """DELETE: 200 queued, 200 processing, 200 again, 409 completed or failed, 404 unknown."""
-    async with world(workers=1) as here:
-        completed = await here.submit()
-        failed = await here.submit("simulate_failure")
-        await here.final(failed)
-        await here.final(completed)
-        running = await here.submit()
-        queued = await here.submit()
-        await ticks()
-        for task_id in (queued, running, queued):
-            answer = await here.cancel(task_id)
-            task = answer.json()
-            assert answer.status_code == 200
-            assert task == await here.get(task_id)
-            assert task["status"] == "cancelled"
-            assert task["error"] is None
-            assert task["result"] is None
-            assert (task["started_at"] is not None) == (task_id == running)
-            assert task["expires_at"]
-        for task_id, status in ((completed, "completed"), (failed, "failed")):
-            answer = await here.cancel(task_id)
-            assert detail_of(answer, 409) == f"The task has already {status}."
-            assert answer.json()["task"] == await here.get(task_id)
-        assert (await here.cancel(NOBODY)).status_code == 404
+    completed = await single.submit()
+    failed = await single.submit("simulate_failure")
+    await single.final(failed)
+    await single.final(completed)
+    running = await single.submit()
+    queued = await single.submit()
+    await ticks()
+    for task_id in (queued, running, queued):
+        answer = await single.cancel(task_id)
+        task = answer.json()
+        assert answer.status_code == 200
+        assert task == await single.get(task_id)
+        assert task["status"] == "cancelled"
+        assert task["error"] is None
+        assert task["result"] is None
+        assert (task["started_at"] is not None) == (task_id == running)
+        assert task["expires_at"]
+    for task_id, status in ((completed, "completed"), (failed, "failed")):
+        answer = await single.cancel(task_id)
+        assert detail_of(answer, 409) == f"The task has already {status}."
+        assert answer.json()["task"] == await single.get(task_id)
+    assert (await single.cancel(NOBODY)).status_code == 404
 
 
 async def test_cancelled_twice_is_cancelled_once() -> None:
@@ -928,18 +935,17 @@ async def test_the_race_of_cancel_and_finish(job: Job, tick: int) -> None:
     await race(job, tick)
 
 
-async def test_cancelled_work_is_interrupted() -> None:
+async def test_cancelled_work_is_interrupted(single: World) -> None:
     """R3: DELETE also stops the work, so that its worker takes the next task at once."""
-    async with world(workers=1) as here:
-        task_id = await here.submit("generate_report", **SLOW)
-        after = await here.submit()
-        await real_sleep(3.25)
-        work = here.manager._running[task_id]
-        await here.cancel(task_id)
-        await ticks()
-        assert work.cancelled()  # the CancelledError was raised again
-        assert await here.status(after) == "processing"
-        assert (await here.get(task_id))["progress"] == 10
+    task_id = await single.submit("generate_report", **SLOW)
+    after = await single.submit()
+    await real_sleep(3.25)
+    work = single.manager._running[task_id]
+    await single.cancel(task_id)
+    await ticks()
+    assert work.cancelled()  # the CancelledError was raised again
+    assert await single.status(after) == "processing"
+    assert (await single.get(task_id))["progress"] == 10
 
 
 async def test_what_cancelled_work_says_is_ignored(expected_errors: list[str]) -> None:
@@ -1003,21 +1009,20 @@ async def test_the_store_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("victim", range(6))
-async def test_removal_keeps_the_order_of_the_rest(victim: int) -> None:
+async def test_removal_keeps_the_order_of_the_rest(single: World, victim: int) -> None:
     """R4: whichever queued task is cancelled, the others start in the order that they had."""
-    async with world(workers=1) as here:
-        await here.submit()
-        await ticks()
-        ids = []
-        for priority in (HIGH, HIGH, NORMAL, NORMAL, HIGH, HIGH):
-            ids.append(await here.submit(priority=priority))
-        order = [ids[number] for number in (0, 1, 4, 5, 2, 3)]
-        await here.cancel(ids[victim])
-        order.remove(ids[victim])
-        for task_id in order:
-            await here.final(task_id)
-        tasks = [await here.get(task_id) for task_id in order]
-        assert starts(tasks) == [5, 10, 15, 20, 25]
+    await single.submit()
+    await ticks()
+    ids = []
+    for priority in (HIGH, HIGH, NORMAL, NORMAL, HIGH, HIGH):
+        ids.append(await single.submit(priority=priority))
+    order = [ids[number] for number in (0, 1, 4, 5, 2, 3)]
+    await single.cancel(ids[victim])
+    order.remove(ids[victim])
+    for task_id in order:
+        await single.final(task_id)
+    tasks = [await single.get(task_id) for task_id in order]
+    assert starts(tasks) == [5, 10, 15, 20, 25]
 
 
 async def test_a_task_is_queued_until_it_is_processing() -> None:
@@ -1030,21 +1035,19 @@ async def test_a_task_is_queued_until_it_is_processing() -> None:
         assert here.manager.health()["workers"]["busy"] == 2
 
 
-async def test_five_at_once_and_never_six() -> None:
+async def test_five_at_once_and_never_six(here: World) -> None:
     """Five tasks run at a time, a sixth starts when the first ends, in order of submission."""
-    async with world() as here:
-        tasks = here.enqueue(11)
-        await real_sleep(30)
-        assert starts(tasks) == [0, 0, 0, 0, 0, 5, 5, 5, 5, 5, 10]
+    tasks = here.enqueue(11)
+    await real_sleep(30)
+    assert starts(tasks) == [0, 0, 0, 0, 0, 5, 5, 5, 5, 5, 10]
 
 
-async def test_priority_then_first_come_first_served() -> None:
+async def test_priority_then_first_come_first_served(single: World) -> None:
     """The higher priority starts first, and within one the older task."""
-    async with world(workers=1) as here:
-        for priority in (LOW, NORMAL, HIGH, LOW, NORMAL, HIGH):
-            await here.submit(priority=priority)
-        await real_sleep(40)
-        assert starts(await here.tasks()) == [20, 10, 0, 25, 15, 5]
+    for priority in (LOW, NORMAL, HIGH, LOW, NORMAL, HIGH):
+        await single.submit(priority=priority)
+    await real_sleep(40)
+    assert starts(await single.tasks()) == [20, 10, 0, 25, 15, 5]
 
 
 @pytest.mark.parametrize(
@@ -1183,7 +1186,7 @@ async def test_a_failure_is_told_by_what_it_is(name: str, expected_errors: list[
 
 
 async def test_work_that_is_cancelled_before_its_first_step(
-    monkeypatch: pytest.MonkeyPatch, expected_errors: list[str]
+    single: World, monkeypatch: pytest.MonkeyPatch, expected_errors: list[str]
 ) -> None:
     """R5: also where not a line of the work has run, the task has an end, and a true one."""
     create_task = asyncio.create_task
@@ -1194,15 +1197,14 @@ async def test_work_that_is_cancelled_before_its_first_step(
         return task
 
     expected_errors.append("cancelled before its first step")
-    async with world(workers=1) as here:
-        (task,) = here.enqueue()
-        monkeypatch.setattr(asyncio, "create_task", create_cancelled)
-        await ticks()
-        monkeypatch.undo()
-        assert task["status"] == "failed"
-        assert task["error"] == UNEXPECTED_ERROR
-        after = await here.submit()
-        assert (await here.final(after))["status"] == "completed"
+    (task,) = single.enqueue()
+    monkeypatch.setattr(asyncio, "create_task", create_cancelled)
+    await ticks()
+    monkeypatch.undo()
+    assert task["status"] == "failed"
+    assert task["error"] == UNEXPECTED_ERROR
+    after = await single.submit()
+    assert (await single.final(after))["status"] == "completed"
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="there is no eager task factory")
@@ -1237,13 +1239,12 @@ async def test_a_task_has_its_time_and_no_more(timeout: float, status: str) -> N
             assert task["progress"] == 90
 
 
-async def test_an_unknown_type_fails(expected_errors: list[str]) -> None:
+async def test_an_unknown_type_fails(here: World, expected_errors: list[str]) -> None:
     """A type that the executor does not know does not complete."""
     expected_errors.append("NotImplementedError: there is no work for 'mistake'")
-    async with world() as here:
-        task = here.manager.submit("mistake", {})
-        await here.final(task["task_id"])
-        assert task["error"] == UNEXPECTED_ERROR
+    task = here.manager.submit("mistake", {})
+    await here.final(task["task_id"])
+    assert task["error"] == UNEXPECTED_ERROR
 
 
 @pytest.mark.parametrize("end", ["failed", "cancelled"])
@@ -1366,20 +1367,18 @@ async def test_a_result_that_cannot_be_sent_fails_its_task(
 
 
 @pytest.mark.parametrize("value", [*UNSENDABLE.values(), math.inf], ids=[*UNSENDABLE, "infinity"])
-async def test_parameters_that_cannot_be_sent_are_refused(value: Any) -> None:
+async def test_parameters_that_cannot_be_sent_are_refused(here: World, value: Any) -> None:
     """R6: so a task type whose parameters are free-form cannot break a list either."""
-    async with world() as here:
-        with pytest.raises(main.InvalidParametersError):
-            here.manager.submit("compute_sum", {"free": value})
-        assert await here.tasks() == []
+    with pytest.raises(main.InvalidParametersError):
+        here.manager.submit("compute_sum", {"free": value})
+    assert await here.tasks() == []
 
 
-async def test_refused_parameters_are_a_400(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_refused_parameters_are_a_400(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """R6: what the manager refuses to store is the client's fault, and points at the parameters."""
-    async with world() as here:
-        monkeypatch.setattr(BaseModel, "model_dump", lambda _: {"free": math.nan})
-        assert pointers_of(await here.post()) == ["#/parameters"]
-        assert await here.tasks() == []
+    monkeypatch.setattr(BaseModel, "model_dump", lambda _: {"free": math.nan})
+    assert pointers_of(await here.post()) == ["#/parameters"]
+    assert await here.tasks() == []
 
 
 SENDABLE: dict[str, tuple[Any, Any]] = {
@@ -1830,19 +1829,18 @@ BAD_BODIES: dict[str, tuple[bytes, str, str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_BODIES)
-async def test_bad_bodies_are_refused_at_the_door(name: str) -> None:
+async def test_bad_bodies_are_refused_at_the_door(here: World, name: str) -> None:
     """Poison gets a short 400 that points at it, in little time, and leaves nothing in the store."""
     body, pointer, detail = BAD_BODIES[name]
-    async with world() as here:
-        start = time.process_time()
-        answer = await here.http.post("/tasks", content=body, headers=AS_JSON)
-        assert time.process_time() - start < 0.1  # a body that is parsed to its depth takes more
-        assert pointers_of(answer) == [pointer]
-        assert len(answer.content) < 500
-        problem = problem_of(answer)
-        assert problem["detail"] == "The request is not valid."
-        assert detail in problem["errors"][0]["detail"]
-        assert await here.tasks() == []
+    start = time.process_time()
+    answer = await here.http.post("/tasks", content=body, headers=AS_JSON)
+    assert time.process_time() - start < 0.1  # a body that is parsed to its depth takes more
+    assert pointers_of(answer) == [pointer]
+    assert len(answer.content) < 500
+    problem = problem_of(answer)
+    assert problem["detail"] == "The request is not valid."
+    assert detail in problem["errors"][0]["detail"]
+    assert await here.tasks() == []
 
 
 @pytest.mark.parametrize(
@@ -1856,22 +1854,20 @@ async def test_bad_bodies_are_refused_at_the_door(name: str) -> None:
     ],
     ids=["numbers", "1000", "lengths", "characters", "byte order mark"],
 )
-async def test_good_bodies_at_the_edge_are_taken(body: bytes) -> None:
+async def test_good_bodies_at_the_edge_are_taken(here: World, body: bytes) -> None:
     """What is just within the bounds is accepted, and comes back in valid JSON."""
-    async with world() as here:
-        for kind in ("application/json", "application/json; charset=utf-8", "application/x+json"):
-            headers = {"Content-Type": kind}
-            answer = await here.http.post("/tasks", content=body, headers=headers)
-            assert answer.status_code == 202, answer.text
-        assert len(await here.tasks()) == 3
+    for kind in ("application/json", "application/json; charset=utf-8", "application/x+json"):
+        headers = {"Content-Type": kind}
+        answer = await here.http.post("/tasks", content=body, headers=headers)
+        assert answer.status_code == 202, answer.text
+    assert len(await here.tasks()) == 3
 
 
 @pytest.mark.parametrize("headers", [{"Content-Type": "text/plain"}, {}])
-async def test_json_has_to_say_that_it_is(headers: dict[str, str]) -> None:
+async def test_json_has_to_say_that_it_is(here: World, headers: dict[str, str]) -> None:
     """A body that is not sent as JSON gets a 400 that says how to send it."""
-    async with world() as here:
-        answer = await here.http.post("/tasks", content=of_sum("[1]"), headers=headers)
-        assert problem_of(answer)["errors"] == [{"detail": OBJECT, "pointer": "#"}]
+    answer = await here.http.post("/tasks", content=of_sum("[1]"), headers=headers)
+    assert problem_of(answer)["errors"] == [{"detail": OBJECT, "pointer": "#"}]
 
 
 def test_a_message_of_a_validator_is_made_fit() -> None:
@@ -1888,12 +1884,11 @@ def test_a_union_within_the_parameters_is_pointed_at() -> None:
     assert main.invalid_item(error) == {"detail": "no such tag", "pointer": "#/parameters/shape"}
 
 
-async def test_many_errors_are_not_all_listed() -> None:
+async def test_many_errors_are_not_all_listed(here: World) -> None:
     """Ten errors are told, however many there are."""
-    async with world() as here:
-        fields: Json = {f"field{number}": number for number in range(1000)}
-        answer = await here.post("simulate_failure", **fields)
-        assert len(pointers_of(answer)) == 10
+    fields: Json = {f"field{number}": number for number in range(1000)}
+    answer = await here.post("simulate_failure", **fields)
+    assert len(pointers_of(answer)) == 10
 
 
 @pytest.mark.parametrize("size", [1000, 1001])
@@ -1915,12 +1910,11 @@ async def test_a_body_has_its_limit(size: int, chunked: bool) -> None:
 
 
 @pytest.mark.parametrize("length", ["x", "-5", "9" * 5000])
-async def test_a_declared_length_that_is_none_is_ignored(length: str) -> None:
+async def test_a_declared_length_that_is_none_is_ignored(here: World, length: str) -> None:
     """A Content-Length that is no number decides nothing: what comes is what counts."""
-    async with world() as here:
-        headers = {**AS_JSON, "Content-Length": length}
-        answer = await here.http.post("/tasks", content=of_sum("[1]"), headers=headers)
-        assert answer.status_code == 202
+    headers = {**AS_JSON, "Content-Length": length}
+    answer = await here.http.post("/tasks", content=of_sum("[1]"), headers=headers)
+    assert answer.status_code == 202
 
 
 @pytest.mark.parametrize(
@@ -1942,21 +1936,21 @@ async def test_a_declared_length_that_is_none_is_ignored(length: str) -> None:
     ],
     ids=lambda value: value[:40],
 )
-async def test_bad_queries_and_ids(method: str, path: str, pointer: str, detail: str) -> None:
+async def test_bad_queries_and_ids(
+    here: World, method: str, path: str, pointer: str, detail: str
+) -> None:
     """A bad or unknown parameter of path or query gets a 400 that names it."""
-    async with world() as here:
-        answer = await here.http.request(method, path)
-        assert pointers_of(answer) == [pointer]
-        assert detail in problem_of(answer)["errors"][0]["detail"]
-        assert len(answer.content) < 400
+    answer = await here.http.request(method, path)
+    assert pointers_of(answer) == [pointer]
+    assert detail in problem_of(answer)["errors"][0]["detail"]
+    assert len(answer.content) < 400
 
 
-async def test_a_submission_has_no_query() -> None:
+async def test_a_submission_has_no_query(here: World) -> None:
     """An unknown parameter of a POST is a 400 too, and nothing is queued."""
-    async with world() as here:
-        answer = await here.http.post("/tasks?dry=true", json=SUM)
-        assert pointers_of(answer) == ["dry"]
-        assert await here.tasks() == []
+    answer = await here.http.post("/tasks?dry=true", json=SUM)
+    assert pointers_of(answer) == ["dry"]
+    assert await here.tasks() == []
 
 
 # --- HTTP: methods, paths, prefixes and faults of our own -----------------------------------------
@@ -1971,44 +1965,40 @@ async def test_a_submission_has_no_query() -> None:
         ("POST", "/docs", "GET, HEAD"),
     ],
 )
-async def test_405_names_every_method(method: str, path: str, allow: str) -> None:
+async def test_405_names_every_method(here: World, method: str, path: str, allow: str) -> None:
     """RFC 9110: Allow has all methods of the path, not those of one route."""
-    async with world() as here:
-        answer = await here.http.request(method, path)
-        assert detail_of(answer, 405) == "This path has other methods: see Allow."
-        assert answer.headers["allow"] == allow
+    answer = await here.http.request(method, path)
+    assert detail_of(answer, 405) == "This path has other methods: see Allow."
+    assert answer.headers["allow"] == allow
 
 
 @pytest.mark.parametrize("path", ["/", "/docs", "/health", "/tasks", "/tasks/id", "/nowhere"])
-async def test_head_is_get_without_a_body(path: str) -> None:
+async def test_head_is_get_without_a_body(here: World, path: str) -> None:
     """RFC 9110: HEAD has the status and the fields of GET, wherever GET is."""
-    async with world() as here:
-        path = path.replace("id", await here.submit())
-        head = await here.http.head(path)
-        get = await here.http.get(path)
-        assert head.status_code == get.status_code
-        assert head.content == b""
-        for name in ("content-type", "content-length", "cache-control", "location"):
-            assert head.headers.get(name) == get.headers.get(name)
+    path = path.replace("id", await here.submit())
+    head = await here.http.head(path)
+    get = await here.http.get(path)
+    assert head.status_code == get.status_code
+    assert head.content == b""
+    for name in ("content-type", "content-length", "cache-control", "location"):
+        assert head.headers.get(name) == get.headers.get(name)
 
 
 @pytest.mark.parametrize("path", ["/nowhere", "/tasks/", "//", "/health/", "/Tasks"])
-async def test_404_is_a_problem_too(path: str) -> None:
+async def test_404_is_a_problem_too(here: World, path: str) -> None:
     """Unknown paths get a problem, and never a redirect built from the Host header."""
-    async with world() as here:
-        answer = await here.http.get("http://evil.test" + path)
-        assert detail_of(answer, 404) == "Not Found"
-        assert "evil" not in str(answer.headers)
+    answer = await here.http.get("http://evil.test" + path)
+    assert detail_of(answer, 404) == "Not Found"
+    assert "evil" not in str(answer.headers)
 
 
-async def test_the_root_leads_to_the_docs() -> None:
+async def test_the_root_leads_to_the_docs(here: World) -> None:
     """/ redirects to /docs, and the docs are there."""
-    async with world() as here:
-        answer = await here.http.get("/")
-        assert answer.status_code == 307
-        assert answer.headers["location"] == "/docs"
-        for path in ("/docs", "/redoc", "/openapi.json"):
-            assert (await here.http.get(path)).status_code == 200
+    answer = await here.http.get("/")
+    assert answer.status_code == 307
+    assert answer.headers["location"] == "/docs"
+    for path in ("/docs", "/redoc", "/openapi.json"):
+        assert (await here.http.get(path)).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -2032,19 +2022,18 @@ async def test_links_have_the_prefix_of_a_proxy(root_path: str, prefix: str) -> 
 
 
 @pytest.mark.parametrize("mount", ["/api", "/a b", "/ü"])
-async def test_links_have_the_prefix_of_a_mount(mount: str) -> None:
+async def test_links_have_the_prefix_of_a_mount(here: World, mount: str) -> None:
     """In a mount, whose lifespan somebody runs, the Location leads to the task."""
-    async with world() as here:
-        parent = FastAPI()
-        parent.mount(mount, here.app)
-        transport = httpx.ASGITransport(parent)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            answer = await client.post(f"{mount}/tasks", json=SUM)
-            location = answer.headers["location"]
-            assert location.isascii()
-            assert (await client.get(location)).json()["task_id"] == answer.json()["task_id"]
-            answer = await client.put(f"{mount}/tasks")
-            assert answer.headers["allow"] == "GET, HEAD, POST"
+    parent = FastAPI()
+    parent.mount(mount, here.app)
+    transport = httpx.ASGITransport(parent)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        answer = await client.post(f"{mount}/tasks", json=SUM)
+        location = answer.headers["location"]
+        assert location.isascii()
+        assert (await client.get(location)).json()["task_id"] == answer.json()["task_id"]
+        answer = await client.put(f"{mount}/tasks")
+        assert answer.headers["allow"] == "GET, HEAD, POST"
 
 
 def bug(*_: Any) -> None:
@@ -2059,36 +2048,34 @@ def invalid_model(*_: Any) -> None:
 
 @pytest.mark.parametrize("fault", [bug, invalid_model])
 async def test_a_bug_is_a_500_that_tells_nothing(
-    fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    here: World, fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault of ours, pydantic's ValidationError included, is a 500 with the limit's fields."""
-    async with world() as here:
-        for method in ("submit", "health"):
-            monkeypatch.setattr(here.manager, method, fault)
-        answer = await here.post()
-        assert detail_of(answer, 500) == "The server failed."
-        assert "secret" not in answer.text
-        assert set(answer.headers) >= LIMIT_FIELDS
-        assert (await here.http.get("/health")).status_code == 500
-        transport = httpx.ASGITransport(here.app)  # this one raises what the server would log
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            with pytest.raises((RuntimeError, ValueError)):
-                await client.post("/tasks", json=SUM)
+    for method in ("submit", "health"):
+        monkeypatch.setattr(here.manager, method, fault)
+    answer = await here.post()
+    assert detail_of(answer, 500) == "The server failed."
+    assert "secret" not in answer.text
+    assert set(answer.headers) >= LIMIT_FIELDS
+    assert (await here.http.get("/health")).status_code == 500
+    transport = httpx.ASGITransport(here.app)  # this one raises what the server would log
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        with pytest.raises((RuntimeError, ValueError)):
+            await client.post("/tasks", json=SUM)
 
 
-async def test_a_route_of_somebodys_own() -> None:
+async def test_a_route_of_somebodys_own(here: World) -> None:
     """Its HTTPException keeps its words and fields, its 405 its methods, and /docs work."""
-    async with world() as here:
 
-        @here.app.post("/tea", responses={404: {"description": "no tea"}})
-        async def tea() -> None:
-            raise HTTPException(418, "short and stout", {"X-Pot": "1"})
+    @here.app.post("/tea", responses={404: {"description": "no tea"}})
+    async def tea() -> None:
+        raise HTTPException(418, "short and stout", {"X-Pot": "1"})
 
-        answer = await here.http.post("/tea")
-        assert detail_of(answer, 418) == "short and stout"
-        assert answer.headers["x-pot"] == "1"
-        assert (await here.http.get("/tea")).headers["allow"] == "POST"
-        assert (await here.http.get("/openapi.json")).status_code == 200
+    answer = await here.http.post("/tea")
+    assert detail_of(answer, 418) == "short and stout"
+    assert answer.headers["x-pot"] == "1"
+    assert (await here.http.get("/tea")).headers["allow"] == "POST"
+    assert (await here.http.get("/openapi.json")).status_code == 200
 
 
 # --- The OpenAPI document: what /docs and generated clients see -----------------------------------
@@ -2292,19 +2279,18 @@ async def test_stop_with_work_in_hand() -> None:
         assert await poll == (0, "cancelled")
 
 
-async def test_polls_are_answered_when_the_server_is_told_to_stop() -> None:
+async def test_polls_are_answered_when_the_server_is_told_to_stop(single: World) -> None:
     """R2: the stop wakes the waiters and changes no status; later polls do not wait at all."""
-    async with world(workers=1) as here:
-        running, queued = here.enqueue(2)
-        await ticks()
-        poll = here.poll(queued)
-        await real_sleep(1)
-        here.manager.stop_waiting()
-        assert await poll == (1, "queued")
-        assert await held(here.get(queued["task_id"], wait=True)) == (0, "queued")
-        assert await held(here.get(running["task_id"], wait=True)) == (0, "processing")
-        assert (await here.post()).status_code == 503
-        assert (await here.http.get("/health")).status_code == 503
+    running, queued = single.enqueue(2)
+    await ticks()
+    poll = single.poll(queued)
+    await real_sleep(1)
+    single.manager.stop_waiting()
+    assert await poll == (1, "queued")
+    assert await held(single.get(queued["task_id"], wait=True)) == (0, "queued")
+    assert await held(single.get(running["task_id"], wait=True)) == (0, "processing")
+    assert (await single.post()).status_code == 503
+    assert (await single.http.get("/health")).status_code == 503
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -2549,7 +2535,7 @@ async def walk(generator: random.Random, steps: int) -> None:
         assert set(statuses(here.manager._tasks.values())) <= FINAL
         await asyncio.gather(*model.polls)
     await ticks()
-    assert asyncio.all_tasks() == {asyncio.current_task()}
+    assert not strays()
 
 
 def test_a_random_walk_in_every_order() -> None:
@@ -2580,14 +2566,13 @@ def test_every_model_is_in_the_union() -> None:
         assert model.example["task_type"] in main.TASK_TYPES
 
 
-async def test_a_sum_from_its_submission_to_its_result() -> None:
+async def test_a_sum_from_its_submission_to_its_result(here: World) -> None:
     """A sum is accepted, takes its five seconds, and has its result."""
-    async with world() as here:
-        task_id = await here.submit("compute_sum", parameters={"numbers": [1, 2, 3]})
-        took, task = await clock(here.final(task_id))
-        assert took == 5
-        assert task["status"] == "completed"
-        assert task["result"] == 6
+    task_id = await here.submit("compute_sum", parameters={"numbers": [1, 2, 3]})
+    took, task = await clock(here.final(task_id))
+    assert took == 5
+    assert task["status"] == "completed"
+    assert task["result"] == 6
 
 
 async def test_work_in_a_thread() -> None:
