@@ -8,9 +8,9 @@ address may send ten requests a minute. To run it: `uvicorn main:app --reload`, 
 The path of a task
 ------------------
 
-    POST /tasks -> RateLimitMiddleware -> BodyLimitMiddleware -> a Submission (validated)
-        -> TaskManager.submit -> TaskQueue -> a worker -> _run_task -> _work -> _execute
-        -> _change_status -> ten minutes later: expire
+    POST /tasks -> HeadMiddleware -> RateLimitMiddleware -> BodyLimitMiddleware
+        -> a Submission (validated) -> TaskManager.submit -> TaskQueue -> a worker -> _run_task
+        -> _work -> _execute -> _change_status -> ten minutes later: expire
 
     queued ---> processing ---> completed | failed
        |            |
@@ -26,15 +26,16 @@ Everything below rests on them. An *asyncio task* is what `asyncio.create_task` 
 that runs beside the others. A plain *task* in this file is always a record: what a client submits.
 The *work* of a task is the asyncio task that runs its code.
 
-1.  One thread, the *event loop*, runs all coroutines. It changes from one to another only where one
-    of them really waits, which can happen at an `await`, at an `async with` or `async for`, which
-    await for you, and at the `yield` of an async generator. The code between two waits is called a
-    *stretch* here. A stretch is atomic: nobody else runs in the middle of it. To `await` a coroutine
-    that never waits ends no stretch: its code runs as if it stood at the place of the `await`.
+1.  The *event loop* runs all coroutines, in one thread. It changes from one to another only where
+    one of them really waits, which can happen at an `await`, at an `async with` or `async for`, which
+    await for you, and at the `yield` of an async generator, whose reader may wait. The code between
+    two waits is called a *stretch* here. A stretch is atomic: nobody else runs in the middle of it.
+    To `await` a coroutine that itself never waits ends no stretch.
 2.  `asyncio_task.cancel()` does not stop anything by itself. When that asyncio task next gets its
-    turn, `asyncio.CancelledError` is raised in it, at the await where it waits. The code there may
-    clean up, may take its time, may even ignore it. If it is cancelled before its first step, not a
-    line of it ever runs: no `except`, no `finally`.
+    turn, `asyncio.CancelledError` is raised in it, at the await where it waits; and if it waits for
+    another asyncio task there, that one is cancelled too. The code may clean up, may take its time,
+    may even ignore it. If it is cancelled before its first step, not a line of it ever runs: no
+    `except`, no `finally`.
 3.  An `asyncio.Event` is a flag with a waiting room. `set()` lets all who wait go on, each when the
     loop comes to it, and whoever comes later does not wait at all. `clear()` closes the room again.
 
@@ -47,19 +48,20 @@ They make the program correct. The code cites them where it relies on them.
 R1  A stretch is atomic, so whatever must be seen whole happens in one stretch. Every change of a
     record is such a stretch, and needs no lock.
 R2  One method, `_change_status`, changes a status, and it wakes those who wait for the change.
-    Whoever waits takes the task's Event from a dict, or puts a new one there, in the same stretch in
-    which it reads the status. `_change_status` takes the Event out of the dict and sets it. Nobody
-    clears an Event. (The stop takes out and sets all of them, though it changes no status.)
+    Whoever waits takes the task's Event from the dict `_changed`, or puts a new one there, in the
+    same stretch in which it reads the status. `_change_status` takes the Event out of the dict and
+    sets it. Nobody clears an Event. (`stop_waiting` takes out and sets all of them, though no status
+    changes.)
 R3  A final status is final. To stop a task, mark its record, then cancel the asyncio task that
     works on it. Whatever that one reports afterwards is ignored.
-R4  A task leaves the queue exactly once: to a worker or by cancellation. A cancelled task leaves
-    nothing behind in the queue and occupies no place there.
+R4  A task leaves the queue exactly once: to a worker, or by cancellation (the stop cancels all). A
+    cancelled task leaves nothing behind in the queue and occupies no place there.
 R5  A worker survives its task. The work runs in an asyncio task of its own, and the worker waits
     for it with `asyncio.wait`. That returns when the work has ended in any way, by cancellation
     too, and raises CancelledError only when the worker itself is cancelled.
 R6  What is stored can be sent. Parameters and results are stored as copies, encoded to JSON and
     decoded again. Parameters that cannot be encoded are refused, a result that cannot be encoded
-    fails its task, and no object that a client's or a task's code still holds is part of a record.
+    fails its task, and what the work still holds of either is not part of the record.
 
 
 What this file does not do
@@ -80,8 +82,9 @@ Map
     Errors        who raises what            Problems      one shape for all errors
     Settings      the environment            Middleware    HEAD, rate limit, size of a body
     Rate limiter  a sliding window           Stream        the list of tasks
-    Task queue    the next one, by priority  Routes        one call of the manager each
-    Task manager  a task's life, in order    The app       starts and stops all of it
+    Task queue    the next one, by priority  OpenAPI       data for /docs
+    Task manager  a task's life, in order    Routes        one call of the manager each
+                                             The app       starts and stops all of it
 """
 
 import asyncio
@@ -179,6 +182,7 @@ TaskId: TypeAlias = Annotated[
     Field(json_schema_extra={"format": "uuid"}),
 ]
 
+# Without this, pydantic would leave out the docstrings of the fields.
 documented = with_config(ConfigDict(use_attribute_docstrings=True))
 
 
@@ -275,6 +279,7 @@ def timestamp(moment: datetime) -> str:
 def json_form(value: Any) -> Any:
     """Return what `json.dumps` shall write for a value of a type that JSON does not have."""
     if isinstance(value, bytes | bytearray | memoryview):
+        # Pydantic would guess that they are text.
         raise TypeError("bytes are no text: encode them, in base64 for example")
     return to_jsonable_python(value)  # dates, dataclasses, models, sets, iterators
 
@@ -285,8 +290,8 @@ def json_copy(value: Any, *, allow_nan: bool = False) -> Any:
     Raise TypeError, ValueError or RecursionError for what cannot be sent: an object that JSON has
     no form for, bytes, half a surrogate pair (a piece of a character, which UTF-8 cannot encode), a
     value inside itself, more than 200 levels (pydantic's bound). NaN and infinity, which JSON lacks,
-    are refused too; with `allow_nan` they pass, and are sent as null: a result with a hole in it is
-    better than none.
+    are refused too; with `allow_nan` they pass, and are sent as null: better a result with a hole in
+    it than no result.
     """
     text = json.dumps(value, default=json_form)
     return from_json(text, allow_inf_nan=allow_nan)
@@ -338,20 +343,26 @@ class TaskFailedError(Exception):
     """Raised by work that cannot be done. Its message is for the client to read."""
 
 
+INTERNAL_ERROR: TaskError = {
+    "code": "internal_error",
+    "message": "The task failed unexpectedly.",
+}
+
+
 def classify_failure(exc: BaseException) -> TaskError:
     """Return what the client may know of the exception that has ended a task's work."""
+    # An ExceptionGroup, as asyncio.TaskGroup raises it. Python 3.10 has no such class.
+    inner: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
+    if len(inner) == 1:
+        return classify_failure(inner[0])
     match exc:
         case TaskFailedError():
             return {"code": "task_failed", "message": printable(str(exc))}
         # Raised by `_run_task` or by the work. Before Python 3.11 the two names are two classes.
         case TimeoutError() | asyncio.TimeoutError():
             return {"code": "timeout", "message": "The task took too long."}
-        # An ExceptionGroup of one, as asyncio.TaskGroup raises it. Matched by its attribute, which
-        # mypy does not know (hence the ignore): Python 3.10 has no such class.
-        case BaseException(exceptions=[only_one]):  # type: ignore[misc]
-            return classify_failure(only_one)
         case _:
-            return {"code": "internal_error", "message": "The task failed unexpectedly."}
+            return INTERNAL_ERROR
 
 
 def traceback_text(exc: BaseException) -> str:
@@ -374,18 +385,18 @@ def traceback_text(exc: BaseException) -> str:
 # heap, and a timer at `nan` corrupts the order of a heap. To add a setting, add a line.
 # ==================================================================================================
 
-MOST = 1_000_000_000  # no setting is larger: 30 years of seconds are enough
+LARGEST_SETTING = 1_000_000_000  # 30 years of seconds are enough
 
-Count: TypeAlias = Annotated[int, Field(ge=1, le=MOST)]
-Seconds: TypeAlias = Annotated[float, Field(gt=0, le=MOST)]
-SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=MOST)]
+Count: TypeAlias = Annotated[int, Field(ge=1, le=LARGEST_SETTING)]
+Seconds: TypeAlias = Annotated[float, Field(gt=0, le=LARGEST_SETTING)]
+SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=LARGEST_SETTING)]
 
 
 class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """What can be tuned: `Settings(workers=2)` in a test, `TASKS_WORKERS=2` in the environment."""
 
     workers: Annotated[int, Field(ge=1, le=1000)] = 5
-    """How many tasks run at a time."""
+    """How many tasks run at a time: a worker has one in hand."""
 
     queue_size: Count = 100
     """How many tasks may wait for a worker."""
@@ -470,9 +481,9 @@ class RateLimiter:
         self.window = window
         # key -> the times of its counted requests, at most `limit`, oldest first.
         self._hits: dict[str, deque[float]] = {}
-        # A lock between coroutines, not threads. Nobody waits while holding it, so it is always free,
-        # `async with` never waits, and each method is one stretch (R1), right even without the lock.
-        # It is for the day when the times are in a store that is awaited. Then, without it:
+        # A lock between coroutines, not threads. Today it is always free, since nobody waits while
+        # holding it: each method is one stretch (R1), and right even without. It is for the day when
+        # the times are in a store that is awaited. Then, without it:
         #
         #   request 1: sees nine hits, awaits the store
         #   request 2: sees nine hits, awaits the store
@@ -480,13 +491,11 @@ class RateLimiter:
         self._lock = asyncio.Lock()
 
     async def hit(self, key: str) -> int:
-        """Count a request and return 0.
-
-        If there is no room, count nothing, and return after how many seconds there is some.
-        """
+        """Count a request and return 0, or count nothing and return in how many seconds to retry."""
         async with self._lock:
+            moment = now()
             hits = self._hits.setdefault(key, deque())
-            moment = self._drop_old(hits)
+            self._drop_old(hits, moment)
             if len(hits) < self.limit:
                 hits.append(moment)
                 return 0
@@ -495,34 +504,35 @@ class RateLimiter:
     async def quota(self, key: str) -> tuple[int, int]:
         """Return how many requests `key` has left, and in how many seconds there is one more."""
         async with self._lock:
+            moment = now()
             hits = self._hits.get(key, deque())
-            moment = self._drop_old(hits)
+            self._drop_old(hits, moment)
             left = self.limit - len(hits)
             return left, self._reset(hits, moment)
 
     async def sweep(self) -> None:
         """Forget the keys that have gone quiet: an empty deque costs nearly a kilobyte."""
         async with self._lock:
+            moment = now()
             for key, hits in list(self._hits.items()):
-                self._drop_old(hits)
+                self._drop_old(hits, moment)
                 if not hits:
                     del self._hits[key]
 
-    def _drop_old(self, hits: deque[float]) -> float:
-        """Remove the times that have left the window by now; return what now is."""
-        moment = now()
-        # `hits[0] + window`, as in `_reset`. `hits[0] <= now() - window` means the same, but floats
-        # may round it the other way, and refuse a client that has waited as long as it was told.
+    # Both compute `hits[0] + window`. In `_drop_old`, `hits[0] <= moment - window` means the same, but
+    # floats may round it the other way, and refuse a client that has waited as long as it was told.
+
+    def _drop_old(self, hits: deque[float], moment: float) -> None:
+        """Remove the times that have left the window by `moment`."""
         while hits and hits[0] + self.window <= moment:
             hits.popleft()
-        return moment
 
     def _reset(self, hits: deque[float], moment: float) -> int:
         """Return in how many seconds the oldest time leaves the window; 0 if there is none."""
         if not hits:
             return 0
-        # Rounded up, or the client would come too early. Where floats make this a hair more than
-        # the window, `ceil` makes it a whole second more: hence `min`.
+        # Rounded up, or the client would come too early. `min`, since floats may make this a hair
+        # more than the window.
         seconds = hits[0] + self.window - moment
         return min(math.ceil(seconds), self.window)
 
@@ -538,7 +548,7 @@ class RateLimiter:
 #   high, submitted at 59: due at 59, so it is first
 #   high, submitted at 61: due at 61, so it is second: the low one has waited long enough
 #
-# So nothing that comes more than 60 s after a task can overtake it.
+# So nothing that comes more than two steps after a task can overtake it.
 #
 # asyncio.PriorityQueue orders the entries (a heap), bounds their number and lets workers wait. It
 # lacks a way to take out an entry in the middle, and a cancelled task must not stay (R4). Without:
@@ -547,9 +557,9 @@ class RateLimiter:
 #   client: submits one more: 503, the queue is full       <-- of nothing
 # ==================================================================================================
 
+# Due time, sequence number, id of the task. No two entries have the same sequence number, so a tie
+# in the due time is first come first served, and a comparison never gets to the ids.
 Entry: TypeAlias = tuple[float, int, str]
-"""Due time, sequence number, id of the task. No two entries have the same sequence number, so a
-tie in the due time is first come first served, and a comparison never gets to the ids."""
 
 PRIORITY_STEPS: Mapping[Priority, int] = {
     "high": 0,
@@ -561,8 +571,7 @@ PRIORITY_STEPS: Mapping[Priority, int] = {
 class TaskQueue(asyncio.PriorityQueue[Entry]):
     """A priority queue from which a task can be removed."""
 
-    # The heap of asyncio.PriorityQueue. Its name is private, but CPython marks the methods that use
-    # it as made to be overridden, and it has been there since asyncio began.
+    # The heap of asyncio.PriorityQueue: private, but there since asyncio began.
     _queue: list[Entry]
 
     def remove(self, task_id: str) -> None:
@@ -585,13 +594,13 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 #   request 2: puts its task into the queue: 101       <-- one more than there are places
 # ==================================================================================================
 
-# Seconds that work gets to end after its time-out or at the stop; then nobody waits for it any more.
-# After a DELETE its worker waits for it as long as the time-out allows, and then for this.
+# Seconds that work gets for its clean-up after its time-out or at the stop. Then it is abandoned:
+# nobody waits for it any more.
 CANCEL_GRACE = 5.0
 RETRY_AFTER = 5  # seconds, the duration of the shortest task: by then the queue may have moved
 
+# Work calls it to tell its progress, in percent.
 Report: TypeAlias = Callable[[float], None]
-"""Work calls it to tell its progress, in percent."""
 
 
 class TaskManager:
@@ -615,7 +624,7 @@ class TaskManager:
         self._changed: dict[str, asyncio.Event] = {}
         # id -> the asyncio task that does the work, until it has really ended.
         self._running: dict[str, asyncio.Task[None]] = {}
-        # How many workers have a task in hand.
+        # How many workers have a task in hand. (`_running` may have more: work that was abandoned.)
         self._busy = 0
         # (when to remove it, id) of each final task. The retention is the same for all, so the task
         # that ends first is removed first, and appending keeps the deque sorted.
@@ -663,10 +672,7 @@ class TaskManager:
             raise UnavailableError("No more tasks can be kept.", retry_after)
 
     def _check_workers(self) -> None:
-        """Raise UnavailableError if nobody would take a task from the queue.
-
-        It says nothing of when to try again: nobody could keep that promise.
-        """
+        """Raise UnavailableError if nobody would take a task from the queue."""
         if not self._open:
             raise UnavailableError("No workers are running.")
 
@@ -701,13 +707,12 @@ class TaskManager:
         return task
 
     async def wait(self, task_id: str, since: Status | None = None) -> Task:
-        """Return a task as soon as its status is not `since`; raise TaskNotFoundError if it is gone.
+        """Return a task when its status changes; raise TaskNotFoundError if there is none.
 
-        Without `since` that is the next change. The task is returned at once if it is final or if
-        the server is stopping, and unchanged if `long_poll` seconds have passed.
-
-        A status only moves forward, so the one that a client saw last is a cursor: if the status
-        changes between two polls, the second one sees it and does not wait at all.
+        At once if the status is not `since`, if it is final, or if the server is stopping; unchanged
+        after `long_poll` seconds. A status only moves forward, so the one that a client saw last is
+        a cursor: if the status changes between two polls, the second one sees it and does not wait.
+        A client that hangs up ends nothing: its poll lasts until the change or the bound.
 
         Two ways to sleep through the change, without R2:
 
@@ -715,8 +720,7 @@ class TaskManager:
             worker: says "completed"; there is no Event to set
             poller: makes an Event and waits for the next change       <-- there is none, ever
 
-            poller: reads "processing", starts an asyncio task to wait for the Event (as `wait_for`
-                    did before Python 3.12)
+            poller: reads "processing", starts an asyncio task that is to wait for the Event
             worker: says "completed", sets the Event, clears it for the next change
             poller: that asyncio task takes its first step and waits   <-- for ever
         """
@@ -726,18 +730,14 @@ class TaskManager:
             return task
         # The same stretch in which the status was read: no `await` may ever come between.
         changed = self._changed.setdefault(task_id, asyncio.Event())
-        # Before Python 3.12 `wait_for` may report a time-out although the Event was set in the same
-        # moment, and may lose a cancellation of this request then. Neither matters: `return task`
-        # below returns the record as it is by now.
+        # Where the change and the time-out fall together, `wait_for` may report either. It does not
+        # matter: what is returned is the record as it is by then.
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), self._settings.long_poll)
         return task  # not looked up again: it may have expired while the loop was busy
 
     def snapshot(self) -> list[str]:
-        """Return the ids of all tasks, in order of submission.
-
-        Only ids: a list of records would keep expired ones in memory for as long as a client reads.
-        """
+        """Return the ids of all tasks, in order of submission: see the section on the stream."""
         self.expire()
         return list(self._tasks)
 
@@ -772,13 +772,16 @@ class TaskManager:
             raise TaskFinishedError(task)
         if task["status"] == "queued":
             self._queue.remove(task_id)
-        # First mark the record, then cancel (R3). A second DELETE does not cancel again: that would
-        # interrupt the clean-up.
+        self._cancel(task)
+        return task
+
+    def _cancel(self, task: Task) -> None:
+        """Mark a task as cancelled, then cancel its work (R3)."""
+        # Only once: a second time would interrupt the clean-up that the first has begun.
         cancelled_now = self._change_status(task, "cancelled")
-        work = self._running.get(task_id)
+        work = self._running.get(task["task_id"])
         if cancelled_now and work is not None:
             work.cancel()
-        return task
 
     # --- The workers ------------------------------------------------------------------------------
 
@@ -798,7 +801,7 @@ class TaskManager:
     async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
         """Wait for the workers, which never end by themselves; if one dies, log it and stop all.
 
-        What `gather` holds are workers and not tasks. If it held a batch of five tasks, then:
+        `gather` waits for five endless workers, and not for five submitted tasks. If it did, then:
 
             tasks:  four take 5 s, the fifth takes 30 s
             gather: returns after 30 s
@@ -807,8 +810,8 @@ class TaskManager:
         try:
             await asyncio.gather(*workers)
         except BaseException:
-            # Also CancelledError, which `gather` raises when one of its workers was cancelled, and
-            # when it is cancelled itself. The second is done by `_stop`, which sets `_open` before.
+            # CancelledError too: it is raised when one of the workers was cancelled, which must not
+            # happen, and when `_stop` cancels us. Then `_open` is False already.
             if not self._open:
                 raise
             log.critical("a worker died, so all stop", exc_info=True)
@@ -819,16 +822,17 @@ class TaskManager:
         await self._stop(workers)
 
     async def _stop(self, asyncio_tasks: list[asyncio.Task[None]]) -> None:
-        """Cancel every task, the workers and the work; wait for the end of all, for some seconds."""
+        """Cancel every task, and the workers; wait for the end of all work, for some seconds."""
         self._open = False
         for task in self._tasks.values():
-            self._change_status(task, "cancelled")  # ignored where the status is final (R3)
-        # A new queue, since the old one is full of cancelled tasks, and bound to this event loop.
+            self._cancel(task)
+        # The entries of the cancelled tasks go with the old queue (R4), which is bound to this event
+        # loop: the app may be started again in another.
         self._queue = TaskQueue(self._settings.queue_size)
-        ending = [*asyncio_tasks, *self._running.values()]
-        for asyncio_task in ending:
+        for asyncio_task in asyncio_tasks:
             asyncio_task.cancel()
         # Work may clean up. What has not ended in time is abandoned.
+        ending = [*asyncio_tasks, *self._running.values()]
         await asyncio.wait(ending, timeout=CANCEL_GRACE)
 
     def stop_waiting(self) -> None:
@@ -840,16 +844,16 @@ class TaskManager:
     async def _worker(self) -> None:
         """Take one task after the other, until cancelled.
 
-        CancelledError is not caught here, nor in `_run_task`. If it were:
+        CancelledError is not caught here, nor in `_run_task` (a `finally` does not catch). If it were:
 
             server: stops, cancels the worker, waits for its end
             worker: catches CancelledError, believes that its task was cancelled, goes on
-            server: waits                                              <-- the worker never ends
+            server: has waited 5 s in vain                             <-- the worker never ends
         """
         while True:
             _, _, task_id = await self._queue.get()
-            # From here to the first wait in `_run_task` is one stretch (R1). So a DELETE finds each
-            # task either in the queue or processing.
+            # One stretch (R1), from where `get` takes the entry out to the first wait in `_run_task`.
+            # So a DELETE finds each task either in the queue or processing.
             self._busy += 1
             try:
                 await self._run_task(self._tasks[task_id])
@@ -864,23 +868,29 @@ class TaskManager:
         second case; in the first it just returns, since the work has ended.
         """
         task_id = task["task_id"]
-        # First of all: an eager asyncio task (Python 3.12) runs inside of `create_task`, and may have
-        # ended before that returns.
+        # Before `create_task`, since an eager asyncio task (Python 3.12) begins inside of that.
         self._change_status(task, "processing")
         work = asyncio.create_task(self._work(task))
-        # Kept, since the event loop has only a weak reference: work that this worker has given up
-        # (see below) could be garbage-collected while it runs.
+        # A DELETE and the stop find it here, also when this worker has abandoned it. And the event
+        # loop itself keeps only a weak reference: the garbage collector would end the work.
         self._running[task_id] = work
         work.add_done_callback(lambda _: self._running.pop(task_id))
         await asyncio.wait({work}, timeout=self._settings.task_timeout)
         if not work.done():
+            await self._time_out(task, work)
+        elif task["status"] not in FINAL:
+            # It was cancelled before its first step, and not by us: none of it ran (fact 2).
+            self._fail(task, asyncio.CancelledError("cancelled before its first step"))
+
+    async def _time_out(self, task: Task, work: asyncio.Task[None]) -> None:
+        """Stop work that has used up its time, and abandon it if it does not end."""
+        # If a DELETE has cancelled it before, it is cleaning up, and is not cancelled again.
+        if task["status"] not in FINAL:
             self._fail(task, TimeoutError())  # first mark, then cancel (R3)
             work.cancel()
-            await asyncio.wait({work}, timeout=CANCEL_GRACE)
-        elif task["status"] not in FINAL:
-            # Somebody outside of this class cancelled it before its first step: none of it ran, not
-            # even its `except` (fact 2).
-            self._fail(task, asyncio.CancelledError("cancelled before its first step"))
+        await asyncio.wait({work}, timeout=CANCEL_GRACE)
+        if not work.done():
+            log.warning("task %s: its work does not end, and is abandoned", task["task_id"])
 
     async def _work(self, task: Task) -> None:
         """Do the work of a task, and write into the record how it has ended."""
@@ -892,10 +902,10 @@ class TaskManager:
             )
             result = json_copy(result, allow_nan=True)
         except asyncio.CancelledError as exc:
-            # Who cancels a task marks its record first (R3), and then this `_fail` changes nothing.
-            # If the record is not marked, nobody has cancelled the task: something inside the work
-            # was cancelled, and the work has not caught it. That is a fault and no cancellation.
-            self._fail(task, exc)
+            # Who cancels a task marks its record first (R3). If it is not marked, nobody has: then
+            # something inside the work was cancelled, which is a fault and no cancellation.
+            if task["status"] not in FINAL:
+                self._fail(task, exc)
             # Raised again, or this asyncio task would look as if it had ended normally.
             raise
         except BaseException as exc:  # noqa: BLE001 - `_fail` records and logs it
@@ -910,7 +920,8 @@ class TaskManager:
 
         `parameters` are as the task's model has validated them. `report(percent)` tells progress.
         This is the place for real work. What it must not do is block the event loop, for then
-        nobody else runs: what blocks goes through `await asyncio.to_thread(...)`.
+        nobody else runs: what blocks goes through `await asyncio.to_thread(...)`. (To cancel that
+        ends the `await`, and not the thread.)
         """
         match task_type:
             case "compute_sum":
@@ -944,10 +955,8 @@ class TaskManager:
         """Mark a task as failed by an exception, and log what the client is not told."""
         try:
             error = classify_failure(exc)
-        except BaseException:  # noqa: BLE001 - the words of an exception may raise anything
-            error = classify_failure(Exception())
-        if task["status"] in FINAL and isinstance(exc, asyncio.CancelledError):
-            return  # it was asked for
+        except BaseException:  # noqa: BLE001 - `str(exc)` may raise anything
+            error = INTERNAL_ERROR
         self._change_status(task, "failed", error=error)
         if error["code"] == "internal_error":
             log.error("task %s: unexpected end\n%s", task["task_id"], traceback_text(exc))
@@ -979,10 +988,11 @@ class TaskManager:
                 task["progress"] = 100
             case "failed":
                 task["error"] = error
+            # "cancelled" has nothing more.
         if status in FINAL:
             self._keep_for_a_while(task)
         self._wake(task["task_id"])
-        # A dict shows its strings as `repr` does: no line break in them can forge a line of the log.
+        # `error` is a dict, which shows its strings as `repr` does: no line break can forge a line.
         log.info("task %s %s %s", task["task_id"], status, error or "")
         return True
 
@@ -1035,23 +1045,23 @@ def exact_sum(numbers: list[float]) -> float:
 # Models
 #
 # Here the engine ends and the API begins. What passes these models is stored and sent out again to
-# anybody who asks, so they are strict: pydantic would take `true` for 1 and "5" for 5, would ignore
-# a field that is misspelt, and would let NaN through.
+# anybody who asks, so their numbers are strict: pydantic would take `true` for 1 and "5" for 5, and
+# would let NaN through. It would also ignore a field that is misspelt.
 #
 # A new type of task touches three places: its model with its example, the union below, and its
 # `case` in `TaskManager._execute`. A test fails if one of the three is forgotten.
 # ==================================================================================================
 
-LARGEST = 1e300  # a thousand of these still add up to a finite float
+LARGEST_NUMBER = 1e300  # a thousand of these still add up to a finite float
 
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
-BoundedFloat: TypeAlias = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+BoundedFloat: TypeAlias = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
 
 
 def finite_number(value: Any) -> Any:
     """Return a number as it is, an integer or a float; raise PydanticCustomError for others."""
     # A bool is an int to `isinstance`, and NaN is not <= anything.
-    if type(value) in (int, float) and abs(value) <= LARGEST:
+    if type(value) in (int, float) and abs(value) <= LARGEST_NUMBER:
         return value
     raise PydanticCustomError("number", "Input should be a number from -1e300 to 1e300")
 
@@ -1280,8 +1290,9 @@ def short(key: int | str) -> str:
 
 
 def invalid_item(error: Mapping[str, Any]) -> InvalidItem:
-    """Translate an error of pydantic's, without `input` and `ctx`: that is what the client sent."""
+    """Translate an error of pydantic's, without `input` and `ctx`, which hold what was sent."""
     kind = error["type"]
+    # For example "body", then "compute_sum" (the tag of the union), "parameters", "numbers", 1.
     place, *path = error["loc"]
     detail = printable(error["msg"])[:200]
     if kind.startswith("union_tag") and not path:
@@ -1295,7 +1306,7 @@ def invalid_item(error: Mapping[str, Any]) -> InvalidItem:
             detail += " sent as application/json"
     if place != "body":
         return {"detail": detail, "pointer": short(path[-1])}
-    # The first step of the path is the tag of the union, which is not in the body.
+    # Without the tag, which is not in the body.
     return {"detail": detail, "pointer": json_pointer(path[1:])}
 
 
@@ -1429,6 +1440,7 @@ class RateLimitMiddleware:
         host, _ = scope.get("client") or ("", 0)
         key = client_key(host)
 
+        # The answer goes out through `send`, its header fields in the first message.
         async def send_with_fields(message: Message) -> None:
             if message["type"] == "http.response.start":
                 await self._add_fields(MutableHeaders(scope=message), key)
@@ -1486,12 +1498,12 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         if self._declares_too_much(Headers(scope=scope)):
-            # Before the first `receive`, which makes uvicorn tell a client that has sent
-            # `Expect: 100-continue` to go on.
+            # Nothing has been received yet. The first `receive` would make uvicorn tell a client that
+            # asks with `Expect: 100-continue` to send it all.
             await problem(413, self._detail)(scope, receive, send)
         elif scope["method"] == "GET":
-            # Nobody reads the body of a GET. But a stream listens on `receive` for its client to
-            # leave, and there a 413 would break an answer that has begun.
+            # The body of a GET is not read. A stream calls `receive` too, but only to learn that its
+            # client has left, and an answer that has begun cannot become a 413.
             await self._app(scope, receive, send)
         else:
             await self._app(scope, self._bounded(receive), send)
@@ -1553,22 +1565,21 @@ async def stream_tasks(
         if written == limit:
             break
         if len(chunk) > CHUNK_BYTES or looked_at % CHUNK_TASKS == 0:
-            if chunk:
+            if chunk:  # empty if nothing has matched the filter
                 yield bytes(chunk)
                 chunk.clear()
-            # To send a chunk need not wait, and who never waits holds up everybody else.
+            # To send a chunk need not wait, so this does: others get a turn.
             await asyncio.sleep(0)
     yield bytes(chunk) + (b"\n]\n" if written else b"]\n")
 
 
 # ==================================================================================================
-# Routes
+# OpenAPI
 #
-# They translate: a request into a call of the manager, and what it returns into an answer. What the
-# manager raises goes past them to `handle_error`. Answers are not validated: mypy has checked them.
+# What /docs and generated clients are told of the answers: data, to be skipped at first. FastAPI
+# finds out by itself what the routes take, but not what they answer, since they make their answers
+# themselves.
 # ==================================================================================================
-
-# --- What the OpenAPI document says of the answers: data, to be skipped at first ------------------
 
 LIMIT_FIELDS: JsonObject = {
     "RateLimit": {
@@ -1628,7 +1639,7 @@ SCHEMAS = "#/components/schemas/"
 
 
 def answer_with(schema: JsonObject, media_type: str = "application/json") -> JsonObject:
-    """Return what the OpenAPI document is to say of an answer.
+    """Return what a route declares of one of its answers.
 
     FastAPI would make this of `{"model": Task}`, but always as `application/json`, and would build
     a validator for each, which nobody needs.
@@ -1678,7 +1689,12 @@ def complete_answer(answer: JsonObject, status: str, *, limited: bool) -> None:
         content[PROBLEM_JSON]["example"] = EXAMPLE_PROBLEMS[status]
 
 
-# --- The routes themselves ------------------------------------------------------------------------
+# ==================================================================================================
+# Routes
+#
+# They translate: a request into a call of the manager, and what it returns into an answer. What the
+# manager raises goes past them to `handle_error`. Answers are not validated: mypy has checked them.
+# ==================================================================================================
 
 
 def json_answer(value: Any, status: int = 200) -> Response:
@@ -1756,10 +1772,12 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 #   1. The handler of `on_stop_signal` runs. It schedules `stop_waiting` (answer the long polls,
 #      accept no more tasks), then calls uvicorn's handler. Without `stop_waiting`, step 2 would
 #      take as long as the longest poll.
-#   2. uvicorn stops listening, lets the requests in hand finish, and ends the lifespan.
+#   2. uvicorn stops listening, lets the requests in hand finish, and ends the lifespan. (A client
+#      that does not read its answer can hold it up here, for ever; `--timeout-graceful-shutdown`.)
 #   3. The timers are cancelled, then the manager stops. It marks each task that is not final, then
 #      cancels the workers and the work (R3), and waits for their clean-up, 5 seconds at most.
-#   4. The process ends: at once after SIGTERM; after Ctrl-C when the threads of work have ended.
+#   4. The process ends. After SIGTERM that is at once, since uvicorn lets the signal kill it; after
+#      Ctrl-C Python first waits for the threads that `asyncio.to_thread` has started.
 # ==================================================================================================
 
 DESCRIPTION = """\
@@ -1823,8 +1841,8 @@ async def timer(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
         try:
             await job()
         except Exception:
-            # Without this the timer would be dead from now on, and nobody would see it. (It does not
-            # catch CancelledError, which is no Exception: or the timer would never end.)
+            # Without this the timer would be dead from now on, and nobody would see it. CancelledError
+            # is no Exception, and ends it.
             log.exception("a round of %s failed", job.__qualname__)
 
 
@@ -1853,9 +1871,9 @@ class TaskApp(FastAPI):
         return HeadMiddleware(app)
 
     def openapi(self) -> JsonObject:
-        """Return the OpenAPI document, which is made once."""
+        """Return the OpenAPI document."""
         is_new = self.openapi_schema is None
-        document = super().openapi()
+        document = super().openapi()  # made at the first call, and kept in `openapi_schema`
         if is_new:
             complete_document(document)
         return document

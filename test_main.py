@@ -875,27 +875,29 @@ async def test_the_cancel_table(single: World) -> None:
     assert (await single.cancel(NOBODY)).status_code == 404
 
 
-async def test_cancelled_twice_is_cancelled_once() -> None:
-    """A second DELETE changes nothing: it does not disturb the clean-up that the first began."""
+@parametrize("interruption", ["DELETE", "time-out", "stop"])
+async def test_cancelled_work_cleans_up_undisturbed(interruption: str) -> None:
+    """R3: work is cancelled once, whatever comes while it cleans up."""
     cleaned = []
 
     async def job(*_: Any) -> None:
         try:
-            await asyncio.sleep(9)
+            await asyncio.sleep(100)
         finally:
             await asyncio.sleep(2)
-            cleaned.append(now())
+            cleaned.append(now() - START)
 
-    async with world(work=job) as here:
-        task_id = await here.submit()
+    async with world(work=job, task_timeout=10) as here:
+        (task,) = here.enqueue()
+        await real_sleep(9)
+        said = here.manager.cancel(task["task_id"]).copy()
         await real_sleep(1)
-        start = now()
-        first = await here.cancel(task_id)
-        await real_sleep(1)
-        second = await here.cancel(task_id)
-        assert second.json() == first.json()
-        await real_sleep(1.5)
-        assert cleaned == [start + 2]
+        if interruption == "DELETE":
+            assert here.manager.cancel(task["task_id"]) == said
+        if interruption != "stop":
+            await real_sleep(2)
+    assert cleaned == [11]
+    assert task == said
 
 
 async def complete(*_: Any) -> str:
@@ -1260,7 +1262,9 @@ async def test_an_unknown_type_fails(here: World, expected_errors: list[str]) ->
 
 
 @parametrize("end", ["failed", "cancelled"])
-async def test_work_that_ignores_its_cancellation(end: str) -> None:
+async def test_work_that_ignores_its_cancellation(
+    end: str, caplog: pytest.LogCaptureFixture
+) -> None:
     """R5: it keeps its worker no longer than its time-out and grace; its record is final at once."""
 
     async def job(*_: Any) -> str:
@@ -1279,6 +1283,7 @@ async def test_work_that_ignores_its_cancellation(end: str) -> None:
         assert statuses([task, after]) == [end, "queued"]
         await real_sleep(0.02)
         assert statuses([task, after]) == [end, "processing"]
+        assert "does not end, and is abandoned" in caplog.text
         assert here.manager.health()["workers"]["busy"] == 1
         await real_sleep(200)
         assert task["result"] is None
