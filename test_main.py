@@ -593,7 +593,7 @@ async def test_a_step_of_the_wall_clock_expires_nothing(monkeypatch: pytest.Monk
         assert await here.get(task_id) == task
 
 
-async def test_reported_progress_never_falls_nor_lies() -> None:
+async def test_reported_progress_never_falls_nor_lies(here: World) -> None:
     """What work reports is an integer below 100 at last, and a lower report is ignored."""
     seen = []
 
@@ -602,10 +602,10 @@ async def test_reported_progress_never_falls_nor_lies() -> None:
             report(percent)
             seen.append(task["progress"])
 
-    async with world(work=job) as here:
-        (task,) = here.enqueue()
-        await ticks()
-        assert seen == [0, 40, 40, 99, 99]
+    here.use(job)
+    (task,) = here.enqueue()
+    await ticks()
+    assert seen == [0, 40, 40, 99, 99]
 
 
 async def test_the_list_filters_and_limits_in_order_of_submission(single: World) -> None:
@@ -956,7 +956,7 @@ async def test_cancelled_work_is_interrupted(single: World) -> None:
     assert (await single.get(task_id))["progress"] == 10
 
 
-async def test_what_cancelled_work_says_is_ignored(expected_errors: list[str]) -> None:
+async def test_what_cancelled_work_says_is_ignored(here: World, expected_errors: list[str]) -> None:
     """R3: neither progress nor an exception of cancelled work is recorded."""
 
     async def job(_: Json, report: Report) -> None:
@@ -966,14 +966,14 @@ async def test_what_cancelled_work_says_is_ignored(expected_errors: list[str]) -
         raise ValueError("in the clean-up")
 
     expected_errors.append("ValueError: in the clean-up")
-    async with world(work=job) as here:
-        (task,) = here.enqueue()
-        await real_sleep(1)
-        said = here.manager.cancel(task["task_id"]).copy()
-        await real_sleep(1)
-        assert task == said
-        assert task["status"] == "cancelled"
-        assert task["progress"] == 0
+    here.use(job)
+    (task,) = here.enqueue()
+    await real_sleep(1)
+    said = here.manager.cancel(task["task_id"]).copy()
+    await real_sleep(1)
+    assert task == said
+    assert task["status"] == "cancelled"
+    assert task["progress"] == 0
 
 
 # --- The queue (R4): who comes next, and nobody twice ---------------------------------------------
@@ -1132,17 +1132,17 @@ UNEXPECTED_ERROR = {
 
 
 @parametrize("name", UNEXPECTED)
-async def test_a_crash_is_a_failure(name: str, expected_errors: list[str]) -> None:
+async def test_a_crash_is_a_failure(single: World, name: str, expected_errors: list[str]) -> None:
     """R5: work that crashes has failed, with a traceback in the log; its worker goes on."""
-    async with world(work=UNEXPECTED[name], workers=1) as here:
-        task_id = await here.submit()
-        expected_errors.append(f"task {task_id}: unexpected end\n| ")
-        task = await here.final(task_id)
-        assert task["status"] == "failed"
-        assert task["error"] == UNEXPECTED_ERROR
-        here.use(complete)
-        after = await here.submit()
-        assert (await here.final(after))["status"] == "completed"
+    single.use(UNEXPECTED[name])
+    task_id = await single.submit()
+    expected_errors.append(f"task {task_id}: unexpected end\n| ")
+    task = await single.final(task_id)
+    assert task["status"] == "failed"
+    assert task["error"] == UNEXPECTED_ERROR
+    single.use(complete)
+    after = await single.submit()
+    assert (await single.final(after))["status"] == "completed"
 
 
 async def test_a_traceback_cannot_forge_a_line_of_the_log(
@@ -1181,16 +1181,18 @@ FAILURES: dict[str, tuple[BaseException, str]] = {
 
 
 @parametrize("name", FAILURES)
-async def test_a_failure_is_told_by_what_it_is(name: str, expected_errors: list[str]) -> None:
+async def test_a_failure_is_told_by_what_it_is(
+    here: World, name: str, expected_errors: list[str]
+) -> None:
     """A TaskFailedError is one also in a task group; the words of others stay in the log."""
     exception, code = FAILURES[name]
     if code == "internal_error":
         expected_errors.append("unexpected end")
-    async with world(work=Raises(exception)) as here:
-        task = await here.do()
-        assert task["error"]["code"] == code
-        assert ("no disk" in task["error"]["message"]) == (code == "task_failed")
-        assert "10.1.2.3" not in task["error"]["message"]
+    here.use(Raises(exception))
+    task = await here.do()
+    assert task["error"]["code"] == code
+    assert ("no disk" in task["error"]["message"]) == (code == "task_failed")
+    assert "10.1.2.3" not in task["error"]["message"]
 
 
 async def test_work_that_is_cancelled_before_its_first_step(
@@ -1341,16 +1343,16 @@ UNSENDABLE: dict[str, Any] = {
 
 @parametrize("name", UNSENDABLE)
 async def test_a_result_that_cannot_be_sent_fails_its_task(
-    name: str, expected_errors: list[str]
+    here: World, name: str, expected_errors: list[str]
 ) -> None:
     """R6: the task has failed, and it, its cancellation and the list can be sent."""
     expected_errors.append("unexpected end")
-    async with world(work=Returns(UNSENDABLE[name])) as here:
-        task_id = await here.submit()
-        task = await here.final(task_id)
-        assert task["error"] == UNEXPECTED_ERROR
-        assert await here.tasks() == [task]
-        assert problem_of(await here.cancel(task_id))["task"] == task
+    here.use(Returns(UNSENDABLE[name]))
+    task_id = await here.submit()
+    task = await here.final(task_id)
+    assert task["error"] == UNEXPECTED_ERROR
+    assert await here.tasks() == [task]
+    assert problem_of(await here.cancel(task_id))["task"] == task
 
 
 @parametrize("name", UNSENDABLE)
@@ -1383,16 +1385,16 @@ SENDABLE: dict[str, tuple[Any, Any]] = {
 
 
 @parametrize("name", SENDABLE)
-async def test_a_result_is_sent_as_json(name: str) -> None:
+async def test_a_result_is_sent_as_json(here: World, name: str) -> None:
     """R6: a result has been through JSON once; what JSON has a form for arrives in it."""
     value, sent = SENDABLE[name]
-    async with world(work=Returns(value)) as here:
-        task = await here.do()
-        assert task["result"] == sent
-        assert await here.tasks() == [task]
+    here.use(Returns(value))
+    task = await here.do()
+    assert task["result"] == sent
+    assert await here.tasks() == [task]
 
 
-async def test_what_work_still_holds_changes_no_record() -> None:
+async def test_what_work_still_holds_changes_no_record(here: World) -> None:
     """R6: neither the parameters that work was given, nor the result that it gave, are the record's."""
     kept: list[Any] = []
 
@@ -1401,23 +1403,23 @@ async def test_what_work_still_holds_changes_no_record() -> None:
         parameters["more"] = object()
         return kept
 
-    async with world(work=job) as here:
-        given: Json = {"numbers": [1]}
-        task = here.manager.submit("compute_sum", given)
-        given["numbers"].append(object())
-        await here.final(task["task_id"])
-        kept.append(object())
-        assert task["parameters"] == {"numbers": [1]}
-        assert task["result"] == []
-        assert await here.tasks() == [task]
+    here.use(job)
+    given: Json = {"numbers": [1]}
+    task = here.manager.submit("compute_sum", given)
+    given["numbers"].append(object())
+    await here.final(task["task_id"])
+    kept.append(object())
+    assert task["parameters"] == {"numbers": [1]}
+    assert task["result"] == []
+    assert await here.tasks() == [task]
 
 
-async def test_a_message_is_made_fit_for_json() -> None:
+async def test_a_message_is_made_fit_for_json(here: World) -> None:
     """R6: half a surrogate pair in a message of work's breaks neither the task nor the list."""
-    async with world(work=Raises(TaskFailedError("file \udcff"))) as here:
-        task = await here.do()
-        assert task["error"] == {"code": "task_failed", "message": "file ?"}
-        assert await here.tasks() == [task]
+    here.use(Raises(TaskFailedError("file \udcff")))
+    task = await here.do()
+    assert task["error"] == {"code": "task_failed", "message": "file ?"}
+    assert await here.tasks() == [task]
 
 
 # --- Clean-up: not a moment too early, and for ever -----------------------------------------------
@@ -1826,18 +1828,20 @@ async def test_json_has_to_say_that_it_is(here: World, headers: dict[str, str]) 
     assert problem_of(answer)["errors"] == [{"detail": OBJECT, "pointer": "#"}]
 
 
-def test_a_message_of_a_validator_is_made_fit() -> None:
-    """A validator's own words, and a key, can be long and hold half a surrogate pair."""
-    place = ("body", "compute_sum", "\ud800é")
-    error = {"type": "value_error", "msg": "\ud800" * 1000, "loc": place}
-    assert main.invalid_item(error) == {"detail": "?" * 200, "pointer": "#/%3F%C3%A9"}
-
-
-def test_a_union_within_the_parameters_is_pointed_at() -> None:
-    """A type of somebody's own may have a union with a tag inside: the pointer leads there."""
-    place = ("body", "draw", "parameters", "shape")
-    error = {"type": "union_tag_invalid", "msg": "no such tag", "loc": place}
-    assert main.invalid_item(error) == {"detail": "no such tag", "pointer": "#/parameters/shape"}
+@parametrize(
+    ("kind", "message", "place", "item"),
+    [
+        ("value_error", "\ud800" * 1000, ["\ud800é"], ("?" * 200, "#/%3F%C3%A9")),
+        ("union_tag_invalid", "no tag", ["parameters", "shape"], ("no tag", "#/parameters/shape")),
+    ],
+    ids=["a validator's own words", "a union within the parameters"],
+)
+def test_errors_of_somebodys_own_type(
+    kind: str, message: str, place: list[str], item: tuple[str, str]
+) -> None:
+    """Words and keys can be long and hold half a surrogate pair; an inner union is pointed at."""
+    error = {"type": kind, "msg": message, "loc": ("body", "tag", *place)}
+    assert tuple(main.invalid_item(error).values()) == item
 
 
 async def test_many_errors_are_not_all_listed(here: World) -> None:
@@ -2232,18 +2236,14 @@ async def test_a_signal_wakes_the_polls_and_goes_on_to_the_server(signum: int) -
         signal.signal(signum, before)
 
 
-async def test_a_handler_that_came_later_is_left_alone() -> None:
-    """Whoever has put a handler in front of ours finds it where he put it; no handler, none added."""
-    before = signal.getsignal(signal.SIGINT)
-    nothing = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+async def test_where_no_handler_is_set_none_is_added() -> None:
+    """Without a server that handles signals, none of ours keeps them from ending the process."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         async with world():
             assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-            signal.signal(signal.SIGINT, signal.SIG_IGN)
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
-        signal.signal(signal.SIGTERM, nothing)
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_in_another_thread_the_app_does_without_signals() -> None:
@@ -2478,7 +2478,7 @@ async def test_a_sum_from_its_submission_to_its_result(here: World) -> None:
     assert task["result"] == 6
 
 
-async def test_work_in_a_thread() -> None:
+async def test_work_in_a_thread(here: World) -> None:
     """Work that blocks in a thread holds up nobody, and the virtual clock waits for it."""
 
     async def job(_: Json, report: Report) -> str:
@@ -2486,11 +2486,11 @@ async def test_work_in_a_thread() -> None:
         await asyncio.to_thread(time.sleep, 0.01)
         return "done"
 
-    async with world(work=job) as here:
-        ids = [await here.submit() for _ in range(5)]
-        for task_id in ids:
-            took, task = await clock(here.final(task_id))
-            assert (took, task["result"]) == (0, "done")
+    here.use(job)
+    ids = [await here.submit() for _ in range(5)]
+    for task_id in ids:
+        took, task = await clock(here.final(task_id))
+        assert (took, task["result"]) == (0, "done")
 
 
 # --- A real server: streaming, disconnects, signals -----------------------------------------------
