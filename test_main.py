@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Iterator
 from datetime import datetime, timedelta, timezone
 from http import HTTPStatus
@@ -82,10 +83,12 @@ async def test_five_seconds_without_the_seconds(monkeypatch: pytest.MonkeyPatch)
         httpx.AsyncClient(transport=transport, base_url="http://test") as client,
     ):
         body = {"task_type": "compute_sum", "parameters": {"numbers": [1, 2, 3]}}
-        task_id = (await client.post("/tasks", json=body)).json()["task_id"]
+        answer = await client.post("/tasks", json=body)
+        path = answer.headers["location"]
         for _ in range(30):
             await real_sleep(0)
-        assert (await client.get(f"/tasks/{task_id}")).json()["result"] == 6
+        answer = await client.get(path)
+        assert answer.json()["result"] == 6
 
 
 # It is not enough, because time does not pass in it. The minute of the rate limit, the 10 s of a
@@ -229,7 +232,10 @@ def expected_errors(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
     yield expected
     gc.collect(1)  # asyncio logs an exception that nobody has retrieved when its task is collected
     records = caplog.get_records("call") + caplog.get_records("teardown")
-    errors = [record.getMessage() for record in records if record.levelno >= logging.ERROR]
+    errors = []
+    for record in records:
+        if record.levelno >= logging.ERROR:
+            errors.append(record.getMessage())
     for error in errors:
         assert any(part in error for part in expected), error
     for part in expected:
@@ -365,18 +371,19 @@ class World:
     def check_books(self) -> None:
         """Assert that the manager's collections agree with its records, whatever has happened."""
         manager = self.manager
-        ids: dict[str, set[str]] = {status: set() for status in STATUSES}
+        ids: dict[str, set[str]] = defaultdict(set)
         for task_id, task in manager._tasks.items():
             ids[task["status"]].add(task_id)
         queued = {task_id for _, _, task_id in manager._queue._queue}
         finished = {task_id for _, task_id in manager._finished}
         assert queued == ids["queued"]
-        assert finished == set().union(*(ids[status] for status in FINAL))
+        assert finished == ids["completed"] | ids["failed"] | ids["cancelled"]
         assert len(finished) == len(manager._finished)
         assert ids["processing"] <= set(manager._running)
         assert len(ids["processing"]) <= manager._busy <= manager._settings.workers
         assert set(manager._changed) <= ids["queued"] | ids["processing"]
-        assert manager._counts == {status: len(found) for status, found in ids.items()}
+        for status in STATUSES:
+            assert manager._counts[status] == len(ids[status])
 
 
 @contextlib.asynccontextmanager
@@ -713,7 +720,9 @@ async def test_health_counts_everything() -> None:
         assert answer.headers["cache-control"] == "no-store"
         assert not LIMIT_FIELDS & set(answer.headers)
         assert health["status"] == "ok"
-        assert list(health["tasks"].values()) == [1, 2, 0, 0, 1]
+        assert health["tasks"]["queued"] == 1
+        assert health["tasks"]["processing"] == 2
+        assert health["tasks"]["cancelled"] == 1
         assert list(health["tasks"]) == list(STATUSES)
         assert health["queue"] == {"size": 1, "capacity": 7}
         assert health["workers"] == {"busy": 2, "total": 2}
@@ -1310,7 +1319,8 @@ async def test_a_dead_worker_turns_health_red(
         monkeypatch.setattr(here.manager, "_run_task", Raises(exception))
         tasks += here.enqueue(3)
         await ticks(10)
-        for answer in (await here.http.get("/health"), await here.post()):
+        refused = [await here.http.get("/health"), await here.post()]
+        for answer in refused:
             assert detail_of(answer, 503) == "No workers are running."
             assert "retry-after" not in answer.headers
         assert set(statuses(tasks)) == {"cancelled"}
@@ -1643,7 +1653,12 @@ async def call(app: FastAPI, scope: Json, *received: Json) -> list[Json]:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    base = {"path": "/tasks", "headers": [], "query_string": b"", "client": ("10.0.0.1", 1)}
+    base = {
+        "path": "/tasks",
+        "headers": [],
+        "query_string": b"",
+        "client": ("10.0.0.1", 1),
+    }
     await app(base | scope, receive, send)
     return sent
 
@@ -2327,7 +2342,8 @@ def test_the_race_in_every_order() -> None:
     """R1, R2, R3: cancel against finish, with a poll, at a random tick of a random work."""
 
     async def scenario(generator: random.Random) -> None:
-        await race(generator.choice([complete, fail, swallow]), generator.randrange(16))
+        job = generator.choice([complete, fail, swallow])
+        await race(job, generator.randrange(16))
 
     in_every_order(scenario)
 
@@ -2390,6 +2406,18 @@ class Model:
         elif since not in FINAL:
             assert took == self.manager._settings.long_poll or not self.manager._open
 
+    async def step(self) -> None:
+        """Do a few things at random, let some time pass, and look whether all is well."""
+        actions = [self.submit, self.submit, self.cancel, self.poll]
+        for _ in range(self.generator.randrange(5)):
+            action = self.generator.choice(actions)
+            action()
+        if self.generator.random() < 0.1:
+            await self.list()
+        pause = self.generator.choice([0, 0, 0.5, 1, 3])
+        await real_sleep(pause)
+        self.check()
+
     async def list(self) -> None:
         """Read a whole list, slowly."""
         body = b""
@@ -2413,7 +2441,7 @@ class Model:
                 continue
             if old["status"] in FINAL:
                 assert new == old
-            assert STATUSES.index(new["status"]) >= STATUSES.index(old["status"])
+            assert new["status"] != "queued" or old["status"] == "queued"
             assert new["progress"] >= old["progress"]
             assert (new["progress"] == 100) == (new["status"] == "completed")
             self.seen[task_id] = new.copy()
@@ -2422,18 +2450,13 @@ class Model:
 
 async def walk(generator: random.Random, steps: int) -> None:
     """Submit, cancel, poll, list, expire, stop and start again, at random."""
-    settings = Settings(workers=3, queue_size=6, retention=20, priority_step=5, long_poll=4)
+    settings = Settings(workers=3, queue_size=6, retention=20, long_poll=4)
     here = World(create_app(settings))
     model = Model(here, generator)
     for _ in range(2):
         async with here.app.router.lifespan_context(here.app):
             for _ in range(steps):
-                for _ in range(generator.choice([0, 1, 1, 2, 5])):
-                    generator.choice([model.submit, model.submit, model.cancel, model.poll])()
-                if generator.random() < 0.1:
-                    await model.list()
-                await real_sleep(generator.choice([0, 0, 0.5, 1, 3]))
-                model.check()
+                await model.step()
             if generator.random() < 0.5:
                 here.manager.stop_waiting()
         model.check()
