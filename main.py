@@ -1617,6 +1617,7 @@ EXAMPLE_TASK: Task = {
     "finished_at": "2026-01-01T12:00:05.011307Z",
     "expires_at": "2026-01-01T12:10:05.011307Z",
 }
+EXAMPLE_CANCELLED = {**EXAMPLE_TASK, "status": "cancelled", "progress": 40, "result": None}
 EXAMPLE_HEALTH: Health = {
     "status": "ok",
     "tasks": {"queued": 3, "processing": 5, "completed": 40, "failed": 1, "cancelled": 2},
@@ -1671,6 +1672,9 @@ def complete_document(document: JsonObject) -> None:
         for operation in operations.values():
             for status, answer in operation["responses"].items():
                 complete_answer(answer, status, limited=path not in FREE_PATHS)
+            if operation["operationId"] == "cancel_task":
+                cancelled = operation["responses"]["200"]
+                cancelled["content"]["application/json"]["example"] = EXAMPLE_CANCELLED
     document["security"] = []  # nobody needs a key
 
 

@@ -2088,6 +2088,8 @@ def test_openapi_tells_what_each_answer_holds() -> None:
                 assert content["schema"]["items"] == {"$ref": "#/components/schemas/Task"}
             elif name == "get_task":
                 assert content["schema"] == {"$ref": "#/components/schemas/Task"}
+            elif name == "cancel_task":
+                assert content["example"]["status"] == "cancelled"
 
 
 def test_openapi_describes_all_that_can_be_sent_and_got() -> None:
