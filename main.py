@@ -32,9 +32,9 @@ The *work* of a task is the asyncio task that runs its code.
     two waits is called a *stretch* here. A stretch is atomic: nobody else runs in the middle of it.
     To `await` a coroutine that itself never waits ends no stretch.
 2.  `asyncio_task.cancel()` does not stop anything by itself. When that asyncio task next gets its
-    turn, `asyncio.CancelledError` is raised in it, at the await where it waits; and if it waits for
-    another asyncio task there, that one is cancelled too. The code may clean up, may take its time,
-    may even ignore it. If it is cancelled before its first step, not a line of it ever runs: no
+    turn, `asyncio.CancelledError` is raised in it, at the await where it waits; and if that awaits
+    another asyncio task (`await other`), the other one is cancelled too. The code may clean up, may
+    take its time, may even ignore it. If it is cancelled before its first step, not a line of it ever runs: no
     `except`, no `finally`.
 3.  An `asyncio.Event` is a flag with a waiting room. `set()` lets all who wait go on, each when the
     loop comes to it, and whoever comes later does not wait at all. `clear()` closes the room again.
@@ -43,7 +43,7 @@ The *work* of a task is the asyncio task that runs its code.
 Six rules
 ---------
 
-They make the program correct. The code cites them where it relies on them.
+The code cites them where it relies on them.
 
 R1  A stretch is atomic, so whatever must be seen whole happens in one stretch. Every change of a
     record is such a stretch, and needs no lock.
@@ -258,7 +258,7 @@ class Health(TypedDict):
 
 # Two clocks, each read through one name, so that a test can own both. The loop's clock never jumps:
 # every deadline is measured on it. The wall clock may be changed at any time, so it is only used for
-# the dates that are shown, and is read anew for each.
+# the dates that are shown.
 
 
 def now() -> float:
@@ -349,6 +349,12 @@ INTERNAL_ERROR: TaskError = {
 }
 
 
+TIMED_OUT: TaskError = {
+    "code": "timeout",
+    "message": "The task took too long.",
+}
+
+
 def classify_failure(exc: BaseException) -> TaskError:
     """Return what the client may know of the exception that has ended a task's work."""
     # An ExceptionGroup, as asyncio.TaskGroup raises it. Python 3.10 has no such class.
@@ -358,10 +364,8 @@ def classify_failure(exc: BaseException) -> TaskError:
     match exc:
         case TaskFailedError():
             return {"code": "task_failed", "message": printable(str(exc))}
-        # Raised by `_run_task` or by the work. Before Python 3.11 the two names are two classes.
-        case TimeoutError() | asyncio.TimeoutError():
-            return {"code": "timeout", "message": "The task took too long."}
         case _:
+            # A TimeoutError too: it comes from something within the work, and not from us.
             return INTERNAL_ERROR
 
 
@@ -381,8 +385,9 @@ def traceback_text(exc: BaseException) -> str:
 # Settings
 #
 # Read from the environment once, at the start. With a bad value the server does not start, and the
-# error names the variable. All numbers are finite and bounded, since asyncio keeps its timers in a
-# heap, and a timer at `nan` corrupts the order of a heap. To add a setting, add a line.
+# error names the variable. All numbers are finite, since asyncio keeps its timers in a heap, and one
+# at `nan` would corrupt the order of the heap; and bounded, since dates are. To add a setting, add a
+# line.
 # ==================================================================================================
 
 LARGEST_SETTING = 1_000_000_000  # 30 years of seconds are enough
@@ -405,7 +410,7 @@ class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """How many tasks are kept in all, whatever their status."""
 
     rate_limit: Count = 10
-    """How many requests one client address may send in any `rate_window`."""
+    """How many requests one client may send in any `rate_window`."""
 
     rate_window: Count = 60
     """Whole seconds, since the RateLimit header fields know no fractions."""
@@ -434,25 +439,20 @@ class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     @classmethod
     def from_environment(cls) -> Self:
         """Read the `TASKS_*` variables; raise SystemExit with a line for each bad one."""
+        variables = {name: f"TASKS_{name.upper()}" for name in cls.model_fields}
         given: dict[str, str] = {}
-        for name in cls.model_fields:
-            value = os.environ.get(cls.variable_of(name))
-            if value is not None:
-                given[name] = value
+        for name, variable in variables.items():
+            if variable in os.environ:
+                given[name] = os.environ[variable]
         try:
             return cls.model_validate(given)
         except ValidationError as exc:
             lines = []
             for error in exc.errors():
-                variable = cls.variable_of(str(error["loc"][0]))
+                variable = variables[str(error["loc"][0])]
                 message = error["msg"]
                 lines.append(f"{variable}: {message}")
             raise SystemExit("\n".join(lines)) from None
-
-    @staticmethod
-    def variable_of(name: str) -> str:
-        """Return the environment variable of a setting."""
-        return f"TASKS_{name.upper()}"
 
 
 # ==================================================================================================
@@ -499,7 +499,7 @@ class RateLimiter:
             if len(hits) < self.limit:
                 hits.append(moment)
                 return 0
-            return self._reset(hits, moment)
+            return self._seconds_left(hits, moment)
 
     async def quota(self, key: str) -> tuple[int, int]:
         """Return how many requests `key` has left, and in how many seconds there is one more."""
@@ -508,7 +508,7 @@ class RateLimiter:
             hits = self._hits.get(key, deque())
             self._drop_old(hits, moment)
             left = self.limit - len(hits)
-            return left, self._reset(hits, moment)
+            return left, self._seconds_left(hits, moment)
 
     async def sweep(self) -> None:
         """Forget the keys that have gone quiet: an empty deque costs nearly a kilobyte."""
@@ -527,7 +527,7 @@ class RateLimiter:
         while hits and hits[0] + self.window <= moment:
             hits.popleft()
 
-    def _reset(self, hits: deque[float], moment: float) -> int:
+    def _seconds_left(self, hits: deque[float], moment: float) -> int:
         """Return in how many seconds the oldest time leaves the window; 0 if there is none."""
         if not hits:
             return 0
@@ -594,13 +594,13 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 #   request 2: puts its task into the queue: 101       <-- one more than there are places
 # ==================================================================================================
 
-# Seconds that work gets for its clean-up after its time-out or at the stop. Then it is abandoned:
-# nobody waits for it any more.
+# Seconds that work gets to end after its time-out, or at the stop. Then it is abandoned: its worker
+# goes on without it.
 CANCEL_GRACE = 5.0
 RETRY_AFTER = 5  # seconds, the duration of the shortest task: by then the queue may have moved
 
-# Work calls it to tell its progress, in percent.
-Report: TypeAlias = Callable[[float], None]
+# Work calls it, in percent.
+ReportProgress: TypeAlias = Callable[[float], None]
 
 
 class TaskManager:
@@ -614,7 +614,8 @@ class TaskManager:
         self._open = False
         # All records by id, in order of submission.
         self._tasks: dict[str, Task] = {}
-        # How many records there are in each status: kept, so that /health need not count.
+        # How many records there are in each status: kept, since /health is not limited and must not
+        # take longer with more tasks.
         self._counts: dict[Status, int] = dict.fromkeys(STATUSES, 0)
         # An entry for each task with the status queued, and none for any other (R4).
         self._queue = TaskQueue(settings.queue_size)
@@ -710,19 +711,19 @@ class TaskManager:
         """Return a task when its status changes; raise TaskNotFoundError if there is none.
 
         At once if the status is not `since`, if it is final, or if the server is stopping; unchanged
-        after `long_poll` seconds. A status only moves forward, so the one that a client saw last is
-        a cursor: if the status changes between two polls, the second one sees it and does not wait.
+        after `long_poll` seconds. The status that a client saw last is a cursor: if it changes between
+        two polls, the second one sees that and does not wait.
         A client that hangs up ends nothing: its poll lasts until the change or the bound.
 
         Two ways to sleep through the change, without R2:
 
             poller: reads "processing", then awaits something else
             worker: says "completed"; there is no Event to set
-            poller: makes an Event and waits for the next change       <-- there is none, ever
+            poller: makes an Event and waits for the next change       <-- there is none
 
             poller: reads "processing", starts an asyncio task that is to wait for the Event
             worker: says "completed", sets the Event, clears it for the next change
-            poller: that asyncio task takes its first step and waits   <-- for ever
+            poller: that asyncio task takes its first step and waits   <-- in vain
         """
         task = self.get(task_id)
         changed_already = since is not None and since != task["status"]
@@ -809,10 +810,10 @@ class TaskManager:
         """
         try:
             await asyncio.gather(*workers)
-        except BaseException:
-            # CancelledError too: it is raised when one of the workers was cancelled, which must not
-            # happen, and when `_stop` cancels us. Then `_open` is False already.
-            if not self._open:
+        except BaseException as exc:
+            # `gather` raises CancelledError when it is cancelled, which `_stop` does, or when one of
+            # its workers is, which nobody should do. `_stop` sets `_open` to False before.
+            if isinstance(exc, asyncio.CancelledError) and not self._open:
                 raise
             log.critical("a worker died, so all stop", exc_info=True)
         # The others must be stopped too, since `gather` raises the first failure and lets them go on:
@@ -871,22 +872,22 @@ class TaskManager:
         # Before `create_task`, since an eager asyncio task (Python 3.12) begins inside of that.
         self._change_status(task, "processing")
         work = asyncio.create_task(self._work(task))
-        # A DELETE and the stop find it here, also when this worker has abandoned it. And the event
-        # loop itself keeps only a weak reference: the garbage collector would end the work.
+        # Here a DELETE and the stop find it to cancel it. And the event loop itself keeps only a weak
+        # reference: work that has been abandoned could be garbage-collected.
         self._running[task_id] = work
         work.add_done_callback(lambda _: self._running.pop(task_id))
         await asyncio.wait({work}, timeout=self._settings.task_timeout)
         if not work.done():
             await self._time_out(task, work)
         elif task["status"] not in FINAL:
-            # It was cancelled before its first step, and not by us: none of it ran (fact 2).
+            # It has ended without a word: cancelled before its first step, and not by us (fact 2).
             self._fail(task, asyncio.CancelledError("cancelled before its first step"))
 
     async def _time_out(self, task: Task, work: asyncio.Task[None]) -> None:
         """Stop work that has used up its time, and abandon it if it does not end."""
-        # If a DELETE has cancelled it before, it is cleaning up, and is not cancelled again.
-        if task["status"] not in FINAL:
-            self._fail(task, TimeoutError())  # first mark, then cancel (R3)
+        # First mark, then cancel (R3). If a DELETE has cancelled it before, it is cleaning up, and is
+        # not cancelled again.
+        if self._change_status(task, "failed", error=TIMED_OUT):
             work.cancel()
         await asyncio.wait({work}, timeout=CANCEL_GRACE)
         if not work.done():
@@ -898,7 +899,7 @@ class TaskManager:
             result = await self._execute(
                 task["task_type"],
                 json_copy(task["parameters"]),  # a copy of its own, to do with as it likes (R6)
-                partial(self._report, task),
+                partial(self._report_progress, task),
             )
             result = json_copy(result, allow_nan=True)
         except asyncio.CancelledError as exc:
@@ -915,10 +916,11 @@ class TaskManager:
         else:
             self._change_status(task, "completed", result=result)
 
-    async def _execute(self, task_type: str, parameters: Parameters, report: Report) -> Any:
+    async def _execute(self, task_type: str, parameters: Parameters, report: ReportProgress) -> Any:
         """Do a task's work and return its result, or raise TaskFailedError with the reason.
 
-        `parameters` are as the task's model has validated them. `report(percent)` tells progress.
+        `parameters` are as the task's model has validated them. `report(percent)` tells progress; it
+        is not for other threads (R1).
         This is the place for real work. What it must not do is block the event loop, for then
         nobody else runs: what blocks goes through `await asyncio.to_thread(...)`. (To cancel that
         ends the `await`, and not the thread.)
@@ -939,13 +941,13 @@ class TaskManager:
                 # Without this case a type that was forgotten above would "complete" with None.
                 raise NotImplementedError(f"there is no work for {task_type!r}")
 
-    async def _simulate(self, seconds: float, report: Report) -> None:
+    async def _simulate(self, seconds: float, report: ReportProgress) -> None:
         """Take the time that real work would take, in ten steps."""
         for percent in range(0, 100, 10):
             report(percent)
             await asyncio.sleep(seconds * self._settings.time_scale / 10)
 
-    def _report(self, task: Task, percent: float) -> None:
+    def _report_progress(self, task: Task, percent: float) -> None:
         """Set the progress of a task that is processing. It never falls; only the end sets 100."""
         if task["status"] == "processing":
             whole_percent = int(min(percent, 99))
@@ -964,11 +966,7 @@ class TaskManager:
     # --- The status, and the end ------------------------------------------------------------------
 
     def _change_status(
-        self,
-        task: Task,
-        status: Status,
-        result: Any = None,
-        error: TaskError | None = None,
+        self, task: Task, status: Status, result: Any = None, error: TaskError | None = None
     ) -> bool:
         """Change a status, with all that goes with it, and wake those who wait for it (R2).
 
@@ -992,8 +990,9 @@ class TaskManager:
         if status in FINAL:
             self._keep_for_a_while(task)
         self._wake(task["task_id"])
-        # `error` is a dict, which shows its strings as `repr` does: no line break can forge a line.
-        log.info("task %s %s %s", task["task_id"], status, error or "")
+        # A dict shows its strings as `repr` does: no line break in them can forge a line of the log.
+        reason = f" {error}" if error else ""
+        log.info("task %s %s%s", task["task_id"], status, reason)
         return True
 
     def _wake(self, task_id: str) -> None:
@@ -1035,10 +1034,9 @@ def exact_sum(numbers: list[float]) -> float:
     A float is a fraction, so fractions add up exactly, in every order, and only the end is rounded.
     (`math.fsum` does so too, but first makes a float of each integer, and rounds those beyond 2**53.)
     """
-    total = sum(Fraction(number) for number in numbers)
     if all(isinstance(number, int) for number in numbers):
-        return int(total)
-    return float(total)
+        return sum(numbers)
+    return float(sum(Fraction(number) for number in numbers))
 
 
 # ==================================================================================================
@@ -1286,7 +1284,7 @@ def json_pointer(path: list[int | str]) -> str:
 
 def short(key: int | str) -> str:
     """Return a key fit to be shown: it may be the client's own, of any length."""
-    return printable(str(key))[:50]
+    return str(key)[:50]
 
 
 def invalid_item(error: Mapping[str, Any]) -> InvalidItem:
@@ -1294,7 +1292,7 @@ def invalid_item(error: Mapping[str, Any]) -> InvalidItem:
     kind = error["type"]
     # For example "body", then "compute_sum" (the tag of the union), "parameters", "numbers", 1.
     place, *path = error["loc"]
-    detail = printable(error["msg"])[:200]
+    detail = error["msg"][:200]
     if kind.startswith("union_tag") and not path:
         # Pydantic would repeat the unknown tag, at any length.
         detail = f"Input should be one of {', '.join(TASK_TYPES)}"
@@ -1318,7 +1316,7 @@ def allowed_methods(request: Request) -> str:
     methods: set[str] = set()
     for route in request.app.routes:
         if route.matches(request.scope)[0] != Match.NONE:
-            methods |= route.methods
+            methods |= getattr(route, "methods", set())  # a Mount has none
     if "GET" in methods:
         methods.add("HEAD")
     return ", ".join(sorted(methods))
@@ -1363,7 +1361,7 @@ class JsonRequest(Request):
     """
 
     async def json(self) -> Any:
-        """Return the parsed body; raise HTTPException if it is no JSON (RFC 8259)."""
+        """Return the parsed body (RFC 8259, and NaN, which the models refuse); or HTTPException."""
         body = await self.body()
         try:
             return from_json(body.removeprefix(b"\xef\xbb\xbf"))  # a byte order mark of Windows
@@ -1446,11 +1444,12 @@ class RateLimitMiddleware:
                 await self._add_fields(MutableHeaders(scope=message), key)
             await send(message)
 
-        seconds = await self._limiter.hit(key)
-        if seconds == 0:
+        retry_after = await self._limiter.hit(key)
+        if retry_after == 0:
             await self._app(scope, receive, send_with_fields)
         else:
-            refusal = problem(429, f"Try again in {seconds} s.", {"Retry-After": str(seconds)})
+            headers = {"Retry-After": str(retry_after)}
+            refusal = problem(429, f"Try again in {retry_after} s.", headers)
             await refusal(scope, receive, send_with_fields)
 
     async def _add_fields(self, headers: MutableHeaders, key: str) -> None:
@@ -1481,7 +1480,7 @@ def client_key(host: str) -> str:
     if address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
     # A client that has one IPv6 address has the whole /64, and could take another for each request.
-    return str(ipaddress.ip_network((address, 64), strict=False))
+    return str(ipaddress.IPv6Network((address, 64), strict=False))
 
 
 class BodyLimitMiddleware:
@@ -1778,8 +1777,8 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 #      take as long as the longest poll.
 #   2. uvicorn stops listening, lets the requests in hand finish, and ends the lifespan. (A client
 #      that does not read its answer can hold it up here, for ever; `--timeout-graceful-shutdown`.)
-#   3. The timers are cancelled, then the manager stops. It marks each task that is not final, then
-#      cancels the workers and the work (R3), and waits for their clean-up, 5 seconds at most.
+#   3. The timers are cancelled, then the manager stops. It marks each task that is not final and
+#      cancels its work (R3), cancels the workers, and waits for clean-ups, 5 seconds at most.
 #   4. The process ends. After SIGTERM that is at once, since uvicorn lets the signal kill it; after
 #      Ctrl-C Python first waits for the threads that `asyncio.to_thread` has started.
 # ==================================================================================================
@@ -1858,7 +1857,7 @@ async def background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None
         yield
     finally:
         asyncio_task.cancel()
-        # Without this the event loop may end first: "Task was destroyed but it is pending!"
+        # Without this a round could still be going on when the manager stops.
         await asyncio.wait({asyncio_task})
 
 
@@ -1876,11 +1875,9 @@ class TaskApp(FastAPI):
 
     def openapi(self) -> JsonObject:
         """Return the OpenAPI document."""
-        is_new = self.openapi_schema is None
-        document = super().openapi()  # made at the first call, and kept in `openapi_schema`
-        if is_new:
-            complete_document(document)
-        return document
+        if self.openapi_schema is None:
+            complete_document(super().openapi())  # which keeps it in `openapi_schema`
+        return super().openapi()
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -49,7 +49,7 @@ from main import (
     FINAL,
     STATUSES,
     RateLimiter,
-    Report,
+    ReportProgress,
     Settings,
     Status,
     Task,
@@ -245,7 +245,7 @@ def expected_errors(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
 # --- Helpers --------------------------------------------------------------------------------------
 
 Json: TypeAlias = dict[str, Any]
-Job: TypeAlias = Callable[[Json, Report], Awaitable[Any]]
+Job: TypeAlias = Callable[[Json, ReportProgress], Awaitable[Any]]
 Poll: TypeAlias = asyncio.Task[tuple[float, str]]
 
 LIMIT_FIELDS = {"ratelimit", "ratelimit-policy"}
@@ -277,7 +277,7 @@ class World:
     def use(self, work: Job) -> None:
         """Let `work` be the work of every task."""
 
-        async def execute(task_type: str, parameters: Json, report: Report) -> Any:
+        async def execute(task_type: str, parameters: Json, report: ReportProgress) -> Any:
             return await work(parameters, report)
 
         self.manager._execute = execute  # type: ignore[method-assign]  # that is meant
@@ -604,7 +604,7 @@ async def test_reported_progress_never_falls_nor_lies(here: World) -> None:
     """What work reports is an integer below 100 at last, and a lower report is ignored."""
     seen = []
 
-    async def job(_: Json, report: Report) -> None:
+    async def job(_: Json, report: ReportProgress) -> None:
         for percent in (-5, 40.7, 20, 250, math.inf):
             report(percent)
             seen.append(task["progress"])
@@ -747,7 +747,7 @@ async def test_the_life_of_a_task_is_logged(caplog: pytest.LogCaptureFixture) ->
     name = f"task {task['task_id']}"
     steps = [line.split()[2] for line in lines]
     assert steps == ["queued:", "processing", "failed", "removed"]
-    assert lines[0] == f"{name} queued: compute_sum, priority normal"
+    assert lines[0] == f"{name} queued: compute_sum, priority {NORMAL}"
     assert lines[2] == f"{name} failed {task['error']}"
     assert r"a\nb" in lines[2]
 
@@ -968,7 +968,7 @@ async def test_cancelled_work_is_interrupted(single: World) -> None:
 async def test_what_cancelled_work_says_is_ignored(here: World, expected_errors: list[str]) -> None:
     """R3: neither progress nor an exception of cancelled work is recorded."""
 
-    async def job(_: Json, report: Report) -> None:
+    async def job(_: Json, report: ReportProgress) -> None:
         with contextlib.suppress(asyncio.CancelledError):
             await asyncio.sleep(9)
         report(50)
@@ -1176,16 +1176,13 @@ def group(*exceptions: BaseException) -> BaseException:
 
 
 FAILED = TaskFailedError("no disk")
-TIMED_OUT = TimeoutError("of 10.1.2.3")
 FAILURES: dict[str, tuple[BaseException, str]] = {
     "plain": (FAILED, "task_failed"),
     "group": (group(FAILED), "task_failed"),
     "nested groups": (group(group(FAILED)), "task_failed"),
     "group of two": (group(FAILED, FAILED), "internal_error"),
     "group with a bug": (group(ValueError()), "internal_error"),
-    "time-out": (TIMED_OUT, "timeout"),
-    "time-out of asyncio": (asyncio.TimeoutError("of 10.1.2.3"), "timeout"),
-    "time-out in a group": (group(TIMED_OUT), "timeout"),
+    "time-out within": (TimeoutError("of 10.1.2.3"), "internal_error"),
 }
 
 
@@ -1408,7 +1405,7 @@ async def test_what_work_still_holds_changes_no_record(here: World) -> None:
     """R6: neither the parameters that work was given, nor the result that it gave, are the record's."""
     kept: list[Any] = []
 
-    async def job(parameters: Json, _report: Report) -> list[Any]:
+    async def job(parameters: Json, _report: ReportProgress) -> list[Any]:
         parameters["numbers"].append(object())
         parameters["more"] = object()
         return kept
@@ -1594,14 +1591,14 @@ async def test_retry_after_is_enough_for_any_fraction() -> None:
 async def test_the_fields_are_those_of_the_moment_of_the_answer() -> None:
     """A long poll says what is left when it is answered, not what was left when it came."""
     async with world(workers=1, rate_limit=10) as here:
-        await here.submit()
-        task_id = await here.submit()
-        poll = asyncio.create_task(here.http.get(f"/tasks/{task_id}?wait=true"))
+        _, task = here.enqueue(2)
+        path = f"/tasks/{task['task_id']}"
+        poll = asyncio.create_task(here.http.get(f"{path}?wait=true"))
         await real_sleep(1)
         for _ in range(5):
             await here.knock()
         answer = await poll
-        assert answer.headers["ratelimit"] == '"default";r=2;t=55'
+        assert answer.headers["ratelimit"] == '"default";r=4;t=55'
 
 
 async def test_a_503_does_not_send_a_client_into_a_429() -> None:
@@ -1621,9 +1618,9 @@ async def test_a_503_does_not_send_a_client_into_a_429() -> None:
     ("method", "path", "body", "status"),
     [
         ("POST", "/tasks", b"{", 400),
-        ("POST", "/tasks", b"x" * 70_000, 413),
+        ("POST", KNOCK, b"x" * 70_000, 413),
         ("GET", "/nowhere", None, 404),
-        ("PUT", "/tasks", None, 405),
+        ("PUT", f"/tasks/{NOBODY}", None, 405),
         ("GET", f"/tasks/{NOBODY}?wait=maybe", None, 400),
         ("GET", "/docs/oauth2-redirect", None, 404),
     ],
@@ -1667,7 +1664,7 @@ async def test_a_refused_body_is_not_read() -> None:
     """The limit is decided before anyone reads the body."""
     app = create_app(Settings(rate_limit=1))
     await app.state.limiter.hit("10.0.0.1")
-    sent = await call(app, {"type": "http", "method": "POST"})
+    sent = await call(app, {"type": "http", "method": "POST", "path": KNOCK})
     assert sent[0]["status"] == 429
 
 
@@ -1793,7 +1790,7 @@ BAD_BODIES: dict[str, tuple[bytes, str, str]] = {
     "typo": (of_failure(b'"prority": 1'), "#/prority", EXTRA),
     "inner typo": (of_failure(b'"parameters": {"m": 1}'), "#/parameters/m", EXTRA),
     "long key": (of_failure(b'"%b": 1' % (b"k" * 9000)), "#/" + "k" * 50, EXTRA),
-    "priority": (of_failure(b'"priority": "urgent"'), "#/priority", "'low'"),
+    "priority": (of_failure(b'"priority": "urgent"'), "#/priority", "Input should be"),
     "no type": (b'{"parameters": {}}', "#/task_type", TYPE),
     "long type": (b'{"task_type": "%b"}' % (b"x" * 9000), "#/task_type", TYPE),
     "long title": (of_report(f'"title": "{"t" * 201}"'), "#/parameters/title", "at most 200"),
@@ -1846,7 +1843,7 @@ async def test_json_has_to_say_that_it_is(here: World, headers: dict[str, str]) 
 @parametrize(
     ("kind", "message", "place", "item"),
     [
-        ("value_error", "\ud800" * 1000, ["\ud800é"], ("?" * 200, "#/%3F%C3%A9")),
+        ("value_error", "x" * 1000, ["é"], ("x" * 200, "#/%C3%A9")),
         ("union_tag_invalid", "no tag", ["parameters", "shape"], ("no tag", "#/parameters/shape")),
     ],
     ids=["a validator's own words", "a union within the parameters"],
@@ -1854,7 +1851,7 @@ async def test_json_has_to_say_that_it_is(here: World, headers: dict[str, str]) 
 def test_errors_of_somebodys_own_type(
     kind: str, message: str, place: list[str], item: tuple[str, str]
 ) -> None:
-    """Words and keys can be long and hold half a surrogate pair; an inner union is pointed at."""
+    """Words can be long, keys can be in any script, and an inner union is pointed at."""
     error = {"type": kind, "msg": message, "loc": ("body", "tag", *place)}
     assert tuple(main.invalid_item(error).values()) == item
 
@@ -2013,9 +2010,9 @@ async def test_a_bug_is_a_500_that_tells_nothing(
     here: World, fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault of ours, pydantic's ValidationError included, is a 500 with the limit's fields."""
-    for method in ("submit", "health"):
+    for method in ("submit", "get", "health"):
         monkeypatch.setattr(here.manager, method, fault)
-    answer = await here.post()
+    answer = await here.http.get(f"/tasks/{NOBODY}")
     assert detail_of(answer, 500) == "The server failed."
     assert "secret" not in answer.text
     assert set(answer.headers) >= LIMIT_FIELDS
@@ -2299,7 +2296,7 @@ async def test_stopping_waits_for_clean_up_but_not_for_ever() -> None:
     """Stopping awaits the clean-up of cancelled work, for `CANCEL_GRACE` seconds."""
     cleaned = []
 
-    async def job(parameters: Json, _report: Report) -> None:
+    async def job(parameters: Json, _report: ReportProgress) -> None:
         try:
             await asyncio.sleep(100)
         finally:
@@ -2506,7 +2503,7 @@ async def test_a_sum_from_its_submission_to_its_result(here: World) -> None:
 async def test_work_in_a_thread(here: World) -> None:
     """Work that blocks in a thread holds up nobody, and the virtual clock waits for it."""
 
-    async def job(_: Json, report: Report) -> str:
+    async def job(_: Json, report: ReportProgress) -> str:
         report(50)
         await asyncio.to_thread(time.sleep, 0.01)
         return "done"
@@ -2677,7 +2674,7 @@ def test_a_signal_ends_it_at_once_and_cleanly(signum: int, code: int) -> None:
         assert took < 1
         assert b'"status":"processing"' in read_all(link)
         assert server.process.returncode == code
-        assert log.count(" cancelled") == 20
+        assert len(re.findall(r"INFO: +task \S+ cancelled", log)) == 20
         assert not UGLY.search(log)
 
 
