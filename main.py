@@ -508,7 +508,8 @@ class RateLimiter:
             hits = self._hits.get(key, deque())
             self._drop_old(hits, moment)
             left = self.limit - len(hits)
-            return left, self._seconds_left(hits, moment)
+            seconds = self._seconds_left(hits, moment)
+            return left, seconds
 
     async def sweep(self) -> None:
         """Forget the keys that have gone quiet: an empty deque costs nearly a kilobyte."""
@@ -576,8 +577,9 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 
     def remove(self, task_id: str) -> None:
         """Take a task out, wherever it stands (R4), in time proportional to the queue's length."""
-        self._queue = [entry for entry in self._queue if entry[2] != task_id]
-        heapq.heapify(self._queue)
+        others = [entry for entry in self._queue if entry[2] != task_id]
+        heapq.heapify(others)
+        self._queue = others
 
 
 # ==================================================================================================
@@ -602,6 +604,8 @@ RETRY_AFTER = 5  # seconds, the duration of the shortest task: by then the queue
 # Work calls it, in percent.
 ReportProgress: TypeAlias = Callable[[float], None]
 
+AsyncioTask: TypeAlias = asyncio.Task[None]
+
 
 class TaskManager:
     """Keeps the tasks, and has them worked on while `working` is entered."""
@@ -624,7 +628,7 @@ class TaskManager:
         # change (R2).
         self._changed: dict[str, asyncio.Event] = {}
         # id -> the asyncio task that does the work, until it has really ended.
-        self._running: dict[str, asyncio.Task[None]] = {}
+        self._running: dict[str, AsyncioTask] = {}
         # How many workers have a task in hand. (`_running` may have more: work that was abandoned.)
         self._busy = 0
         # (when to remove it, id) of each final task. The retention is the same for all, so the task
@@ -653,7 +657,8 @@ class TaskManager:
         steps = PRIORITY_STEPS[priority]
         due = now() + steps * self._settings.priority_step
         # One stretch (R1): no worker can take the entry before the record is there.
-        self._queue.put_nowait((due, next(self._sequence), task_id))
+        entry = (due, next(self._sequence), task_id)
+        self._queue.put_nowait(entry)
         self._tasks[task_id] = task
         self._counts["queued"] += 1
         log.info("task %s queued: %s, priority %s", task_id, task_type, priority)
@@ -669,7 +674,8 @@ class TaskManager:
             retry_after = RETRY_AFTER
             if self._finished:
                 removal, _ = self._finished[0]
-                retry_after = max(1, math.ceil(removal - now()))
+                seconds = math.ceil(removal - now())
+                retry_after = max(1, seconds)
             raise UnavailableError("No more tasks can be kept.", retry_after)
 
     def _check_workers(self) -> None:
@@ -799,7 +805,7 @@ class TaskManager:
         finally:
             await self._stop([supervisor, *workers])
 
-    async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
+    async def _supervise(self, workers: list[AsyncioTask]) -> None:
         """Wait for the workers, which never end by themselves; if one dies, log it and stop all.
 
         `gather` waits for five endless workers, and not for five submitted tasks. If it did, then:
@@ -822,7 +828,7 @@ class TaskManager:
         #   worker 2: takes the next task, and dies unseen               <-- /health says "ok"
         await self._stop(workers)
 
-    async def _stop(self, asyncio_tasks: list[asyncio.Task[None]]) -> None:
+    async def _stop(self, asyncio_tasks: list[AsyncioTask]) -> None:
         """Cancel every task, and the workers; wait for the end of all work, for some seconds."""
         self._open = False
         for task in self._tasks.values():
@@ -883,7 +889,7 @@ class TaskManager:
             # It has ended without a word: cancelled before its first step, and not by us (fact 2).
             self._fail(task, asyncio.CancelledError("cancelled before its first step"))
 
-    async def _time_out(self, task: Task, work: asyncio.Task[None]) -> None:
+    async def _time_out(self, task: Task, work: AsyncioTask) -> None:
         """Stop work that has used up its time, and abandon it if it does not end."""
         # First mark, then cancel (R3). If a DELETE has cancelled it before, it is cleaning up, and is
         # not cancelled again.
@@ -916,7 +922,12 @@ class TaskManager:
         else:
             self._change_status(task, "completed", result=result)
 
-    async def _execute(self, task_type: str, parameters: Parameters, report: ReportProgress) -> Any:
+    async def _execute(
+        self,
+        task_type: str,
+        parameters: Parameters,
+        report: ReportProgress,
+    ) -> Any:
         """Do a task's work and return its result, or raise TaskFailedError with the reason.
 
         `parameters` are as the task's model has validated them. `report(percent)` tells progress; it
@@ -943,9 +954,10 @@ class TaskManager:
 
     async def _simulate(self, seconds: float, report: ReportProgress) -> None:
         """Take the time that real work would take, in ten steps."""
+        step = seconds * self._settings.time_scale / 10
         for percent in range(0, 100, 10):
             report(percent)
-            await asyncio.sleep(seconds * self._settings.time_scale / 10)
+            await asyncio.sleep(step)
 
     def _report_progress(self, task: Task, percent: float) -> None:
         """Set the progress of a task that is processing. It never falls; only the end sets 100."""
@@ -1008,7 +1020,8 @@ class TaskManager:
         task["finished_at"] = timestamp(finished_at)
         task["expires_at"] = timestamp(finished_at + timedelta(seconds=retention))
         # The two above are for the client. The removal goes by the loop's clock, which nobody sets.
-        self._finished.append((now() + retention, task["task_id"]))
+        removal = now() + retention
+        self._finished.append((removal, task["task_id"]))
 
     def expire(self) -> None:
         """Remove the final tasks whose time has come.
@@ -1017,8 +1030,11 @@ class TaskManager:
         `cleanup_interval` seconds later.
         """
         moment = now()
-        while self._finished and self._finished[0][0] <= moment:
-            _, task_id = self._finished.popleft()
+        while self._finished:
+            removal, task_id = self._finished[0]
+            if removal > moment:
+                break
+            self._finished.popleft()
             task = self._tasks.pop(task_id)
             self._counts[task["status"]] -= 1
             log.info("task %s removed", task_id)

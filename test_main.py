@@ -337,11 +337,9 @@ class World:
         return await self.http.get(KNOCK)
 
     async def cancel(self, task_id: str) -> httpx.Response:
-        """Cancel a task."""
         return await self.http.delete(f"/tasks/{task_id}")
 
     async def tasks(self, **query: Any) -> list[Json]:
-        """List the tasks."""
         answer = await self.http.get("/tasks", params=query)
         assert answer.status_code == 200, answer.text
         return list(answer.json())
@@ -1299,12 +1297,17 @@ async def test_work_that_ignores_its_cancellation(
 
 
 @parametrize(
-    "exception",
-    [RuntimeError("a bug"), StrangeError(), asyncio.CancelledError()],
-    ids=["Exception", "BaseException", "CancelledError"],
+    ("exception", "stopping"),
+    [
+        (RuntimeError("a bug"), False),
+        (RuntimeError("a bug"), True),
+        (StrangeError(), False),
+        (asyncio.CancelledError(), False),
+    ],
 )
 async def test_a_dead_worker_turns_health_red(
     exception: BaseException,
+    stopping: bool,
     monkeypatch: pytest.MonkeyPatch,
     expected_errors: list[str],
 ) -> None:
@@ -1315,9 +1318,10 @@ async def test_a_dead_worker_turns_health_red(
         await ticks()
         monkeypatch.setattr(here.manager, "_run_task", Raises(exception))
         tasks += here.enqueue(3)
+        if stopping:
+            here.manager.stop_waiting()
         await ticks(10)
-        refused = [await here.http.get("/health"), await here.post()]
-        for answer in refused:
+        for answer in (await here.http.get("/health"), await here.post()):
             assert detail_of(answer, 503) == "No workers are running."
             assert "retry-after" not in answer.headers
         assert set(statuses(tasks)) == {"cancelled"}
