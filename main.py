@@ -521,7 +521,8 @@ class RateLimiter:
                     del self._hits[key]
 
     # Both compute `hits[0] + window`. In `_drop_old`, `hits[0] <= moment - window` means the same, but
-    # floats may round it the other way, and refuse a client that has waited as long as it was told.
+    # floats may round it the other way, and the two would disagree about a client that has waited
+    # exactly as long as it was told.
 
     def _drop_old(self, hits: deque[float], moment: float) -> None:
         """Remove the times that have left the window by `moment`."""
