@@ -305,7 +305,6 @@ class World:
         return str(answer.json()["task_id"])
 
     async def get(self, task_id: str, **query: Any) -> Json:
-        """Poll a task."""
         answer = await self.http.get(f"/tasks/{task_id}", params=query)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
@@ -349,7 +348,6 @@ class World:
         return [chunk async for chunk in stream]
 
     async def health(self) -> Json:
-        """Return what /health says."""
         answer = await self.http.get("/health")
         return dict(answer.json())
 
@@ -2469,13 +2467,15 @@ async def walk(generator: random.Random, steps: int) -> None:
     assert not strays()
 
 
-def test_a_random_walk_in_every_order() -> None:
+def test_a_random_walk_in_every_order(caplog: pytest.LogCaptureFixture) -> None:
     """R1 to R4: no task is lost, none ends twice, no change is slept through, in whatever order."""
+    caplog.set_level(logging.ERROR)  # or a failure would print each step of the walk
     in_every_order(lambda generator: walk(generator, 60))
 
 
-def test_a_long_random_walk() -> None:
+def test_a_long_random_walk(caplog: pytest.LogCaptureFixture) -> None:
     """R1 to R4: the same, for a long time, in the loop's own order."""
+    caplog.set_level(logging.ERROR)
     run(walk(random.Random(7), 3000))
 
 
