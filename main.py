@@ -746,7 +746,6 @@ class TaskManager:
 
     def snapshot(self) -> list[str]:
         """Return the ids of all tasks, in order of submission: see the section on the stream."""
-        self.expire()
         return list(self._tasks)
 
     def health(self) -> Health:
