@@ -347,8 +347,7 @@ class World:
         return [chunk async for chunk in stream]
 
     async def health(self) -> Json:
-        answer = await self.http.get("/health")
-        return dict(answer.json())
+        return dict((await self.http.get("/health")).json())
 
     def enqueue(self, count: int = 1) -> list[Task]:
         """Submit sums past HTTP, and return their records."""
@@ -1823,7 +1822,7 @@ async def test_bad_bodies_are_refused_at_the_door(here: World, name: str) -> Non
         of_sum("[1e300, -1e300, 0.1, -0.0]"),
         of_sum(f"[{'1,' * 999}1]"),
         of_report(f'"title": "{"t" * 200}", "sections": 6.0'),
-        of_report('"title": "\\u0000\\ud83d\\ude00"'),
+        of_report('"title": "\\u0000\\ud83d\\ude00", "sections": 1'),
         b"\xef\xbb\xbf" + of_failure(b'"parameters": {}'),
     ],
     ids=["numbers", "1000", "lengths", "characters", "byte order mark"],
@@ -2062,6 +2061,7 @@ def operations() -> dict[str, Json]:
 
 def test_openapi_names_every_answer() -> None:
     """Each operation has its answers, and no 422; what is limited has the limit's fields."""
+    assert "/" not in DOCUMENT["paths"]
     for name, expected in OPERATIONS.items():
         answers = operations()[name]["responses"]
         assert set(answers) == expected
