@@ -35,7 +35,9 @@ from uuid import UUID
 import httpx
 import pytest
 from fastapi import FastAPI
+from httpx import ASGITransport, AsyncClient, Response
 from pydantic import BaseModel
+from pytest import LogCaptureFixture, MonkeyPatch
 from starlette.exceptions import HTTPException
 from typing_extensions import Self
 
@@ -46,6 +48,7 @@ for exported in [name for name in os.environ if name.startswith(OF_THE_SHELL)]:
 
 import main
 from main import (
+    CHUNK_TASKS,
     FINAL,
     STATUSES,
     RateLimiter,
@@ -58,6 +61,7 @@ from main import (
     create_app,
     now,
     stream_tasks,
+    timestamp,
 )
 
 pytestmark = pytest.mark.anyio
@@ -69,7 +73,7 @@ real_sleep = asyncio.sleep  # `asyncio.sleep` is patched in every test; this one
 # --- The simplest test, and why it is not enough --------------------------------------------------
 
 
-async def test_five_seconds_without_the_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_five_seconds_without_the_seconds(monkeypatch: MonkeyPatch) -> None:
     """With `asyncio.sleep` patched to give a turn and not wait, a task of 5 s ends at once."""
 
     async def sleep_no_longer(_seconds: float) -> None:
@@ -77,10 +81,10 @@ async def test_five_seconds_without_the_seconds(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(asyncio, "sleep", sleep_no_longer)
     app = create_app(Settings())
-    transport = httpx.ASGITransport(app)
+    transport = ASGITransport(app)
     async with (
         app.router.lifespan_context(app),  # httpx does not run it
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        AsyncClient(transport=transport, base_url="http://test") as client,
     ):
         body = {"task_type": "compute_sum", "parameters": {"numbers": [1, 2, 3]}}
         answer = await client.post("/tasks", json=body)
@@ -203,9 +207,9 @@ def virtual_utc_now() -> datetime:
     return BEGIN + timedelta(seconds=now() - START)
 
 
-def second(timestamp: str) -> float:
+def second(text: str) -> float:
     """Return how long after the start of the test a date of a record is."""
-    date = datetime.strptime(timestamp, "%Y-%m-%dT%H:%M:%S.%f%z")
+    date = datetime.strptime(text, "%Y-%m-%dT%H:%M:%S.%f%z")
     return (date - BEGIN).total_seconds()
 
 
@@ -216,7 +220,7 @@ def anyio_backend() -> tuple[str, dict[str, Any]]:
 
 
 @pytest.fixture(autouse=True)
-def sleeper(monkeypatch: pytest.MonkeyPatch) -> Sleeper:
+def sleeper(monkeypatch: MonkeyPatch) -> Sleeper:
     """Patch `asyncio.sleep` and the wall clock in every test."""
     sleeper = Sleeper()
     monkeypatch.setattr(asyncio, "sleep", sleeper)
@@ -225,7 +229,7 @@ def sleeper(monkeypatch: pytest.MonkeyPatch) -> Sleeper:
 
 
 @pytest.fixture(autouse=True)
-def expected_errors(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+def expected_errors(caplog: LogCaptureFixture) -> Iterator[list[str]]:
     """Fail a test that logs an ERROR which it does not expect, or expects one that does not come."""
     expected: list[str] = []
     caplog.set_level(logging.INFO)
@@ -282,18 +286,18 @@ class World:
 
         self.manager._execute = execute  # type: ignore[method-assign]  # that is meant
 
-    def client(self, host: str | None, **more: Any) -> httpx.AsyncClient:
+    def client(self, host: str | None, **more: Any) -> AsyncClient:
         """Return a client with that address; None is a peer that has none, as on a unix socket."""
-        transport = httpx.ASGITransport(self.app, raise_app_exceptions=False, **more)
+        transport = ASGITransport(self.app, raise_app_exceptions=False, **more)
         transport.client = (host, 1) if host is not None else None  # type: ignore[assignment]
-        return httpx.AsyncClient(transport=transport, base_url="http://test")
+        return AsyncClient(transport=transport, base_url="http://test")
 
-    async def post(self, task_type: str = "compute_sum", **fields: Any) -> httpx.Response:
+    async def post(self, task_type: str = "compute_sum", **fields: Any) -> Response:
         """Submit the example of that type, with some fields changed."""
         submission = EXAMPLES[task_type] | fields
         return await self.http.post("/tasks", json=submission)
 
-    async def send(self, body: bytes, **fields: str) -> httpx.Response:
+    async def send(self, body: bytes, **fields: str) -> Response:
         """Post a body as JSON, with further header fields."""
         headers = {"Content-Type": "application/json", **fields}
         return await self.http.post("/tasks", content=body, headers=headers)
@@ -330,10 +334,10 @@ class World:
         """Submit the example of that type, and return the task when it is final."""
         return await self.final(await self.submit(task_type))
 
-    async def knock(self) -> httpx.Response:
+    async def knock(self) -> Response:
         return await self.http.get(KNOCK)
 
-    async def cancel(self, task_id: str) -> httpx.Response:
+    async def cancel(self, task_id: str) -> Response:
         return await self.http.delete(f"/tasks/{task_id}")
 
     async def tasks(self, **query: Any) -> list[Json]:
@@ -444,7 +448,7 @@ def starts(tasks: Iterable[Any]) -> list[float]:
     return [second(task["started_at"]) for task in tasks]
 
 
-def problem_of(answer: httpx.Response) -> Json:
+def problem_of(answer: Response) -> Json:
     """Return an error's body, and assert that it is a problem document of the answer's status."""
     body = dict(answer.json())
     assert answer.headers["content-type"] == "application/problem+json"
@@ -455,13 +459,13 @@ def problem_of(answer: httpx.Response) -> Json:
     return body
 
 
-def detail_of(answer: httpx.Response, status: int) -> str:
+def detail_of(answer: Response, status: int) -> str:
     """Return the detail of an error that has that status."""
     assert answer.status_code == status, answer.text
     return str(problem_of(answer)["detail"])
 
 
-def pointers_of(answer: httpx.Response) -> list[str]:
+def pointers_of(answer: Response) -> list[str]:
     """Return where a 400 says that something is wrong."""
     assert answer.status_code == 400, answer.text
     return [item["pointer"] for item in problem_of(answer)["errors"]]
@@ -575,12 +579,12 @@ async def test_a_task_has_one_shape_in_every_state() -> None:
 
 def test_a_date_has_six_digits_also_of_zeros() -> None:
     """One date in a million has no microseconds, and is written like the others."""
-    assert main.timestamp(BEGIN) == "2026-01-01T00:00:00.000000Z"
+    assert timestamp(BEGIN) == "2026-01-01T00:00:00.000000Z"
     difference = real_utc_now() - datetime.now(timezone.utc)
     assert abs(difference) < timedelta(seconds=5)
 
 
-async def test_a_step_of_the_wall_clock_expires_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_step_of_the_wall_clock_expires_nothing(monkeypatch: MonkeyPatch) -> None:
     """Deadlines are the loop's: a wall clock that is set changes the next dates, and only those."""
     async with world(retention=600) as here:
         task_id = await here.submit()
@@ -628,7 +632,7 @@ async def test_the_list_filters_and_limits_in_order_of_submission(single: World)
     assert await single.tasks(status="queued", limit=10**30) == tasks[3:]
 
 
-@parametrize("count", [0, 1, 2, main.CHUNK_TASKS, 1000])
+@parametrize("count", [0, 1, 2, CHUNK_TASKS, 1000])
 async def test_the_stream_is_json_of_every_length(count: int) -> None:
     """A list is valid JSON at every length, one task a line, in chunks of bounded size."""
     async with world(queue_size=10**4, workers=1) as here:
@@ -639,7 +643,7 @@ async def test_the_stream_is_json_of_every_length(count: int) -> None:
         assert json.loads(body) == tasks
         assert len(body.splitlines()) == (count + 2 if count else 1)
         assert all(b"task_id" in chunk for chunk in chunks[:-1])
-        assert all(chunk.count(b"task_id") <= main.CHUNK_TASKS for chunk in chunks)
+        assert all(chunk.count(b"task_id") <= CHUNK_TASKS for chunk in chunks)
         for limit in {1, count // 2, count} - {0}:
             assert await here.tasks(limit=limit) == tasks[:limit]
 
@@ -670,7 +674,7 @@ async def test_the_stream_gives_others_a_turn(status: Status) -> None:
         turns = 0
         chunks = await here.chunks(status)
         beside.cancel()
-        assert turns >= 1000 // main.CHUNK_TASKS
+        assert turns >= 1000 // CHUNK_TASKS
         assert all(chunks)  # an empty chunk would end a chunked answer
 
 
@@ -697,7 +701,7 @@ async def test_a_slow_reader_keeps_no_records() -> None:
         await real_sleep(10)
         async for chunk in stream:
             body += chunk
-        assert 0 < len(json.loads(body)) <= main.CHUNK_TASKS
+        assert 0 < len(json.loads(body)) <= CHUNK_TASKS
         assert not here.manager._tasks
 
 
@@ -721,7 +725,7 @@ async def test_health_counts_everything() -> None:
         assert health["workers"] == {"busy": 2, "total": 2}
 
 
-async def test_health_looks_at_no_task(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_health_looks_at_no_task(here: World, monkeypatch: MonkeyPatch) -> None:
     """The cost of /health does not grow with the tasks: counts are kept and not counted."""
     here.enqueue(3)
     with monkeypatch.context() as patch:
@@ -730,7 +734,7 @@ async def test_health_looks_at_no_task(here: World, monkeypatch: pytest.MonkeyPa
     assert health["tasks"]["queued"] == 3
 
 
-async def test_the_life_of_a_task_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+async def test_the_life_of_a_task_is_logged(caplog: LogCaptureFixture) -> None:
     """Each step of a task's life is one line, in which a client cannot forge another."""
     async with world(work=Raises(TaskFailedError("a\nb")), retention=1) as here:
         (task,) = here.enqueue()
@@ -776,15 +780,6 @@ async def test_since_is_a_cursor(since: Status) -> None:
             await real_sleep(1000 + moment - now())
             seconds = 4 if since == status and status not in FINAL else 0
             assert await here.hold(task_id, since=since) == (seconds, status)
-
-
-async def test_any_number_may_poll_one_task(single: World) -> None:
-    """R2: one change wakes all that wait for it, and the next one all that wait again."""
-    _, task = single.enqueue(2)
-    for status in ("processing", "completed"):
-        polls = [single.poll(task) for _ in range(200)]
-        for poll in polls:
-            assert await poll == (5, status)
 
 
 async def test_a_poller_may_leave(single: World) -> None:
@@ -1148,7 +1143,7 @@ async def test_a_crash_is_a_failure(single: World, name: str, expected_errors: l
 
 
 async def test_a_traceback_cannot_forge_a_line_of_the_log(
-    expected_errors: list[str], caplog: pytest.LogCaptureFixture
+    expected_errors: list[str], caplog: LogCaptureFixture
 ) -> None:
     """Each line of a traceback has a bar before it, also those of the exception's own text."""
     expected_errors.append("ValueError: x")
@@ -1195,7 +1190,7 @@ async def test_a_failure_is_told_by_what_it_is(
 
 
 async def test_work_that_is_cancelled_before_its_first_step(
-    single: World, monkeypatch: pytest.MonkeyPatch, expected_errors: list[str]
+    single: World, monkeypatch: MonkeyPatch, expected_errors: list[str]
 ) -> None:
     """R5: also where not a line of the work has run, the task has an end, and a true one."""
     create_task = asyncio.create_task
@@ -1263,9 +1258,7 @@ async def test_an_unknown_type_fails(here: World, expected_errors: list[str]) ->
 
 
 @parametrize("end", ["failed", "cancelled"])
-async def test_work_that_ignores_its_cancellation(
-    end: str, caplog: pytest.LogCaptureFixture
-) -> None:
+async def test_work_that_ignores_its_cancellation(end: str, caplog: LogCaptureFixture) -> None:
     """R5: it keeps its worker no longer than its time-out and grace; its record is final at once."""
 
     async def job(*_: Any) -> str:
@@ -1303,7 +1296,7 @@ async def test_work_that_ignores_its_cancellation(
 async def test_a_dead_worker_turns_health_red(
     exception: BaseException,
     stopping: bool,
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: MonkeyPatch,
     expected_errors: list[str],
 ) -> None:
     """When a worker dies, the log says so, all stop, and no task is left hanging."""
@@ -1369,7 +1362,7 @@ async def test_parameters_that_cannot_be_sent_are_refused(here: World, name: str
     assert await here.tasks() == []
 
 
-async def test_refused_parameters_are_a_400(here: World, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_refused_parameters_are_a_400(here: World, monkeypatch: MonkeyPatch) -> None:
     """R6: what the manager refuses to store is the client's fault, and points at the parameters."""
     monkeypatch.setattr(BaseModel, "model_dump", lambda _: {"free": math.nan})
     assert pointers_of(await here.post()) == ["#/parameters"]
@@ -1461,7 +1454,7 @@ async def test_no_reader_sees_an_expired_task() -> None:
 
 @parametrize("broken", ["manager", "limiter"])
 async def test_the_timer_survives_an_exception(
-    broken: str, monkeypatch: pytest.MonkeyPatch, expected_errors: list[str]
+    broken: str, monkeypatch: MonkeyPatch, expected_errors: list[str]
 ) -> None:
     """A round that fails is logged; the next one comes, and the other clean-up is not disturbed."""
     expected_errors.append("a round of ")
@@ -1500,7 +1493,7 @@ async def test_a_timer_may_be_stopped_in_a_round() -> None:
 # --- No workers, no promises ----------------------------------------------------------------------
 
 
-async def assert_closed(here: World, client: httpx.AsyncClient) -> None:
+async def assert_closed(here: World, client: AsyncClient) -> None:
     """Assert that nothing is promised."""
     for answer in (
         await client.post("/tasks", json=SUM),
@@ -1533,8 +1526,8 @@ async def test_a_mount_whose_lifespan_nobody_runs_accepts_nothing() -> None:
     here = World(create_app(Settings()))
     parent = FastAPI()
     parent.mount("/api", here.app)
-    transport = httpx.ASGITransport(parent)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test/api") as client:
+    transport = ASGITransport(parent)
+    async with AsyncClient(transport=transport, base_url="http://test/api") as client:
         await assert_closed(here, client)
 
 
@@ -1985,8 +1978,8 @@ async def test_links_have_the_prefix_of_a_mount(here: World, mount: str) -> None
     """In a mount, whose lifespan somebody runs, the Location leads to the task."""
     parent = FastAPI()
     parent.mount(mount, here.app)
-    transport = httpx.ASGITransport(parent)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    transport = ASGITransport(parent)
+    async with AsyncClient(transport=transport, base_url="http://test") as client:
         answer = await client.post(f"{mount}/tasks", json=SUM)
         location = answer.headers["location"]
         assert location.isascii()
@@ -2008,7 +2001,7 @@ def invalid_model(*_: Any) -> None:
 
 @parametrize("fault", [bug, invalid_model])
 async def test_a_bug_is_a_500_that_tells_nothing(
-    here: World, fault: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    here: World, fault: Callable[..., None], monkeypatch: MonkeyPatch
 ) -> None:
     """A fault of ours, pydantic's ValidationError included, is a 500 with the limit's fields."""
     for method in ("submit", "get", "health"):
@@ -2018,8 +2011,8 @@ async def test_a_bug_is_a_500_that_tells_nothing(
     assert "secret" not in answer.text
     assert set(answer.headers) >= LIMIT_FIELDS
     assert (await here.http.get("/health")).status_code == 500
-    transport = httpx.ASGITransport(here.app)  # this one raises what the server would log
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    transport = ASGITransport(here.app)  # this one raises what the server would log
+    async with AsyncClient(transport=transport, base_url="http://test") as client:
         with pytest.raises((RuntimeError, ValueError)):
             await client.post("/tasks", json=SUM)
 
@@ -2142,14 +2135,14 @@ NUMERIC = [
 ]
 
 
-def test_the_defaults_are_those_of_the_contract(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_defaults_are_those_of_the_contract(monkeypatch: MonkeyPatch) -> None:
     """Without any variable of ours the settings are the contract's."""
     monkeypatch.setenv("TASKS_SERVICE_HOST", "10.0.0.1")  # Kubernetes sets this for a service
     found = Settings.from_environment().model_dump()
     assert found.items() >= DEFAULTS.items()
 
 
-def test_a_new_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_setting_is_one_line(monkeypatch: MonkeyPatch) -> None:
     """A setting of any simple type, a string too, works from the environment."""
 
     class More(Settings, frozen=True):
@@ -2169,9 +2162,7 @@ def test_a_new_setting_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @parametrize("value", ["", "x", "nan", "inf", "-1", "1e10"])
 @parametrize("name", NUMERIC)
-def test_a_bad_setting_stops_the_start(
-    name: str, value: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_bad_setting_stops_the_start(name: str, value: str, monkeypatch: MonkeyPatch) -> None:
     """A bad value is one error that names the variable and what is allowed, and no server."""
     variable = f"TASKS_{name.upper()}"
     monkeypatch.setenv(variable, value)
@@ -2190,7 +2181,7 @@ def test_a_bad_setting_stops_the_start(
     ],
 )
 def test_a_setting_has_its_least_value(
-    name: str, least: str, below: str, monkeypatch: pytest.MonkeyPatch
+    name: str, least: str, below: str, monkeypatch: MonkeyPatch
 ) -> None:
     """A size or time for which 0 makes no sense refuses it, and all bad settings are named."""
     variable = f"TASKS_{name.upper()}"
@@ -2403,7 +2394,7 @@ class Model:
         if task["status"] != since:
             # A change that was slept through would be told late.
             changed_at = task["finished_at"] or task["started_at"]
-            assert took == 0 or changed_at == main.timestamp(main.utc_now())
+            assert took == 0 or changed_at == timestamp(main.utc_now())
         elif since not in FINAL:
             assert took == self.manager._settings.long_poll or not self.manager._open
 
@@ -2437,7 +2428,7 @@ class Model:
             new = self.manager._tasks.get(task_id)
             if new is None:
                 assert old["expires_at"]
-                assert old["expires_at"] <= main.timestamp(main.utc_now())
+                assert old["expires_at"] <= timestamp(main.utc_now())
                 del self.seen[task_id]
                 continue
             if old["status"] in FINAL:
@@ -2467,13 +2458,13 @@ async def walk(generator: random.Random, steps: int) -> None:
     assert not strays()
 
 
-def test_a_random_walk_in_every_order(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_random_walk_in_every_order(caplog: LogCaptureFixture) -> None:
     """R1 to R4: no task is lost, none ends twice, no change is slept through, in whatever order."""
     caplog.set_level(logging.ERROR)  # or a failure would print each step of the walk
     in_every_order(lambda generator: walk(generator, 60))
 
 
-def test_a_long_random_walk(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_long_random_walk(caplog: LogCaptureFixture) -> None:
     """R1 to R4: the same, for a long time, in the loop's own order."""
     caplog.set_level(logging.ERROR)
     run(walk(random.Random(7), 3000))
