@@ -667,7 +667,7 @@ class TaskManager:
 
     def _check_room(self) -> None:
         """Raise UnavailableError where a task would wait for ever, or would be one too many."""
-        self._check_workers()
+        self._check_open()
         self.expire()
         if self._queue.full():
             raise UnavailableError("The queue is full.", RETRY_AFTER)
@@ -679,10 +679,10 @@ class TaskManager:
                 retry_after = max(1, seconds)
             raise UnavailableError("No more tasks can be kept.", retry_after)
 
-    def _check_workers(self) -> None:
-        """Raise UnavailableError if nobody would take a task from the queue."""
+    def _check_open(self) -> None:
+        """Raise UnavailableError if no workers run, or the server is stopping."""
         if not self._open:
-            raise UnavailableError("No workers are running.")
+            raise UnavailableError("No tasks are accepted now.")
 
     @staticmethod
     def _new_record(task_type: str, parameters: Parameters, priority: Priority) -> Task:
@@ -750,7 +750,7 @@ class TaskManager:
 
     def health(self) -> Health:
         """Return the counts of tasks, places and workers; raise UnavailableError without workers."""
-        self._check_workers()
+        self._check_open()
         self.expire()
         return {
             "status": "ok",
@@ -1649,7 +1649,7 @@ EXAMPLE_PROBLEMS: Mapping[str, JsonObject] = {
     "409": problem_body(409, "The task has already completed.", task=EXAMPLE_TASK),
     "413": problem_body(413, "The body is longer than 65536 bytes."),
     "429": problem_body(429, "Try again in 42 s."),
-    "503": problem_body(503, "No workers are running."),
+    "503": problem_body(503, "No tasks are accepted now."),
     "default": problem_body(500, "The server failed."),
 }
 SCHEMAS = "#/components/schemas/"
@@ -1815,7 +1815,7 @@ Submit a task, then poll it until it is `completed`, `failed` or `cancelled`.
 * **Failure**: `error.code` is `task_failed` (see its message), `timeout` (after 60 seconds) or
   `internal_error`.
 * **Errors** are problem documents (RFC 9457). With 429 and 503 wait for `Retry-After` seconds; a 503
-  without it has no workers. An unknown field or query parameter is a 400.
+  without it: no tasks are accepted now. An unknown field or query parameter is a 400.
 * Anybody can see and cancel every task. HEAD is answered wherever GET is.
 
 These are the defaults; whoever runs the server may have set others.

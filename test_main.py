@@ -1310,7 +1310,7 @@ async def test_a_dead_worker_turns_health_red(
             here.manager.stop_waiting()
         await ticks(10)
         for answer in (await here.http.get("/health"), await here.post()):
-            assert detail_of(answer, 503) == "No workers are running."
+            assert detail_of(answer, 503) == "No tasks are accepted now."
             assert "retry-after" not in answer.headers
         assert set(statuses(tasks)) == {"cancelled"}
 
