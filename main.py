@@ -1473,9 +1473,10 @@ class RateLimitMiddleware:
         left, reset = await self._limiter.quota(key)
         headers.append("RateLimit-Policy", self._policy)
         headers.append("RateLimit", f'"default";r={left};t={reset}')
-        # A client that comes back after a 503 shall not run into a 429.
-        if left == 0 and "Retry-After" in headers:
-            headers["Retry-After"] = str(max(reset, int(headers["Retry-After"])))
+        # A client that comes back after a 503 shall not run into a 429. (A date is left as it is.)
+        retry_after = headers.get("Retry-After", "")
+        if left == 0 and retry_after.isdecimal():
+            headers["Retry-After"] = str(max(reset, int(retry_after)))
 
 
 def path_of(scope: Scope) -> str:
