@@ -27,15 +27,15 @@ that runs beside the others. A plain *task* in this file is always a record: wha
 The *work* of a task is the asyncio task that runs its code.
 
 1.  The *event loop* runs all coroutines, in one thread. It changes from one to another only where
-    one of them really waits, which can happen at an `await`, at an `async with` or `async for`, which
-    await for you, and at the `yield` of an async generator, whose reader may wait. The code between
-    two waits is called a *stretch* here. A stretch is atomic: nobody else runs in the middle of it.
-    To `await` a coroutine that itself never waits ends no stretch.
+    one of them really waits, which can happen at an `await`, at an `async with` or `async for`,
+    which await for you, and at the `yield` of an async generator, whose reader may wait. The code
+    between two waits is called a *stretch* here. A stretch is atomic: nobody else runs in the
+    middle of it. To `await` a coroutine that itself never waits ends no stretch.
 2.  `asyncio_task.cancel()` does not stop anything by itself. When that asyncio task next gets its
     turn, `asyncio.CancelledError` is raised in it, at the await where it waits; and if that awaits
     another asyncio task (`await other`), the other one is cancelled too. The code may clean up, may
-    take its time, may even ignore it. If it is cancelled before its first step, not a line of it ever runs: no
-    `except`, no `finally`.
+    take its time, may even ignore it. If it is cancelled before its first step, not a line of it
+    ever runs: no `except`, no `finally`.
 3.  An `asyncio.Event` is a flag with a waiting room. `set()` lets all who wait go on, each when the
     loop comes to it, and whoever comes later does not wait at all. `clear()` closes the room again.
 
@@ -50,8 +50,8 @@ R1  A stretch is atomic, so whatever must be seen whole happens in one stretch. 
 R2  One method, `_change_status`, changes a status, and it wakes those who wait for the change.
     Whoever waits takes the task's Event from the dict `_changed`, or puts a new one there, in the
     same stretch in which it reads the status. `_change_status` takes the Event out of the dict and
-    sets it. Nobody clears an Event. (`stop_waiting` takes out and sets all of them, though no status
-    changes.)
+    sets it. Nobody clears an Event. (`stop_waiting` takes out and sets all of them, though no
+    status changes.)
 R3  A final status is final. To stop a task, mark its record, then cancel the asyncio task that
     works on it. Whatever that one reports afterwards is ignored.
 R4  A task leaves the queue exactly once: to a worker, or by cancellation (the stop cancels all). A
@@ -200,7 +200,7 @@ class TaskError(TypedDict):
 
 @documented
 class Task(TypedDict):
-    """A task: the same twelve fields in every state, and null where there is no value, or none yet."""
+    """A task: the same twelve fields in every state, and null where there is no value yet."""
 
     task_id: TaskId
     """A random UUID (version 4), made by the server."""
@@ -257,8 +257,8 @@ class Health(TypedDict):
 
 
 # Two clocks, each read through one name, so that a test can own both. The loop's clock never jumps:
-# every deadline is measured on it. The wall clock may be changed at any time, so it is only used for
-# the dates that are shown.
+# every deadline is measured on it. The wall clock may be changed at any time, so it is only used
+# for the dates that are shown.
 
 
 def now() -> float:
@@ -289,9 +289,9 @@ def json_copy(value: Any, *, allow_nan: bool = False) -> Any:
 
     Raise TypeError, ValueError or RecursionError for what cannot be sent: an object that JSON has
     no form for, bytes, half a surrogate pair (a piece of a character, which UTF-8 cannot encode), a
-    value inside itself, more than 200 levels (pydantic's bound). NaN and infinity, which JSON lacks,
-    are refused too; with `allow_nan` they pass, and are sent as null: better a result with a hole in
-    it than no result.
+    value inside itself, more than 200 levels (pydantic's bound). NaN and infinity, which JSON
+    lacks, are refused too; with `allow_nan` they pass, and are sent as null: better a result with a
+    hole in it than no result.
     """
     text = json.dumps(value, default=json_form)
     return from_json(text, allow_inf_nan=allow_nan)
@@ -357,7 +357,8 @@ TIMED_OUT: TaskError = {
 
 def classify_failure(exc: BaseException) -> TaskError:
     """Return what the client may know of the exception that has ended a task's work."""
-    # An ExceptionGroup, as asyncio.TaskGroup raises it. Python 3.10 has no such class.
+    # An ExceptionGroup, as asyncio.TaskGroup raises it: if there is only one exception in it, that
+    # is the reason. (Python 3.10 has no such class.)
     inner: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
     if len(inner) == 1:
         return classify_failure(inner[0])
@@ -385,9 +386,9 @@ def traceback_text(exc: BaseException) -> str:
 # Settings
 #
 # Read from the environment once, at the start. With a bad value the server does not start, and the
-# error names the variable. All numbers are finite, since asyncio keeps its timers in a heap, and one
-# at `nan` would corrupt the order of the heap; and bounded, since dates are. To add a setting, add a
-# line.
+# error names the variable. All numbers are finite, since asyncio keeps its timers in a heap, and
+# one at `nan` would corrupt the order of the heap; and bounded, since dates are. To add a setting,
+# add a line.
 # ==================================================================================================
 
 LARGEST_SETTING = 1_000_000_000  # 30 years of seconds are enough
@@ -482,8 +483,8 @@ class RateLimiter:
         # key -> the times of its counted requests, at most `limit`, oldest first.
         self._hits: dict[str, deque[float]] = {}
         # A lock between coroutines, not threads. Today it is always free, since nobody waits while
-        # holding it: each method is one stretch (R1), and right even without. It is for the day when
-        # the times are in a store that is awaited. Then, without it:
+        # holding it: each method is one stretch (R1), and right even without. It is for the day
+        # when the times are in a store that is awaited. Then, without it:
         #
         #   request 1: sees nine hits, awaits the store
         #   request 2: sees nine hits, awaits the store
@@ -491,7 +492,7 @@ class RateLimiter:
         self._lock = asyncio.Lock()
 
     async def hit(self, key: str) -> int:
-        """Count a request and return 0, or count nothing and return in how many seconds to retry."""
+        """Count a request and return 0; or count nothing, and return the seconds to wait."""
         async with self._lock:
             moment = now()
             hits = self._hits.setdefault(key, deque())
@@ -499,6 +500,7 @@ class RateLimiter:
             if len(hits) < self.limit:
                 hits.append(moment)
                 return 0
+            # At least 1, since what `_drop_old` has left is still within the window.
             return self._seconds_left(hits, moment)
 
     async def quota(self, key: str) -> tuple[int, int]:
@@ -520,9 +522,9 @@ class RateLimiter:
                 if not hits:
                     del self._hits[key]
 
-    # Both compute `hits[0] + window`. In `_drop_old`, `hits[0] <= moment - window` means the same, but
-    # floats may round it the other way, and the two would disagree about a client that has waited
-    # exactly as long as it was told.
+    # The next two methods both compute `hits[0] + window`. In the first one,
+    # `hits[0] <= moment - window` means the same, but floats may round it the other way, and the
+    # two would disagree about a client that has waited exactly as long as it was told.
 
     def _drop_old(self, hits: deque[float], moment: float) -> None:
         """Remove the times that have left the window by `moment`."""
@@ -625,8 +627,8 @@ class TaskManager:
         # An entry for each task with the status queued, and none for any other (R4).
         self._queue = TaskQueue(settings.queue_size)
         self._sequence = itertools.count()
-        # id -> what is set when the status changes: made by the first who waits, removed by the next
-        # change (R2).
+        # id -> what is set when the status changes: made by the first who waits, removed by the
+        # next change (R2).
         self._changed: dict[str, asyncio.Event] = {}
         # id -> the asyncio task that does the work, until it has really ended.
         self._running: dict[str, AsyncioTask] = {}
@@ -717,9 +719,9 @@ class TaskManager:
     async def wait(self, task_id: str, since: Status | None = None) -> Task:
         """Return a task when its status changes; raise TaskNotFoundError if there is none.
 
-        At once if the status is not `since`, if it is final, or if the server is stopping; unchanged
-        after `long_poll` seconds. The status that a client saw last is a cursor: if it changes between
-        two polls, the second one sees that and does not wait.
+        At once if the status is not `since`, if it is final, or if the server is stopping;
+        unchanged after `long_poll` seconds. The status that a client saw last is a cursor: if it
+        changes between two polls, the second one sees that and does not wait.
         A client that hangs up ends nothing: its poll lasts until the change or the bound.
 
         Two ways to sleep through the change, without R2:
@@ -749,7 +751,7 @@ class TaskManager:
         return list(self._tasks)
 
     def health(self) -> Health:
-        """Return the counts of tasks, places and workers; raise UnavailableError without workers."""
+        """Return counts of tasks, places and workers; raise UnavailableError without workers."""
         self._check_open()
         self.expire()
         return {
@@ -766,7 +768,7 @@ class TaskManager:
         }
 
     def cancel(self, task_id: str) -> Task:
-        """Cancel a task and return it; raise TaskNotFoundError, or TaskFinishedError if it is too late.
+        """Cancel a task and return it; raise TaskNotFoundError or, too late, TaskFinishedError.
 
         A task that is cancelled already is returned as it is. Without R3:
 
@@ -817,12 +819,12 @@ class TaskManager:
         try:
             await asyncio.gather(*workers)
         except BaseException as exc:
-            # `gather` raises CancelledError when it is cancelled, which `_stop` does, or when one of
-            # its workers is, which nobody should do. `_stop` sets `_open` to False before.
+            # `gather` raises CancelledError when it is cancelled, which `_stop` does, or when one
+            # of its workers is, which nobody should do. `_stop` sets `_open` to False before.
             if isinstance(exc, asyncio.CancelledError) and not self._open:
                 raise
             log.critical("a worker died, so all stop", exc_info=True)
-        # The others must be stopped too, since `gather` raises the first failure and lets them go on:
+        # The others must be stopped too: `gather` raises the first failure and lets them go on.
         #
         #   worker 1: dies; gather raises, nobody looks at the others any more
         #   worker 2: takes the next task, and dies unseen               <-- /health says "ok"
@@ -833,8 +835,8 @@ class TaskManager:
         self._open = False
         for task in self._tasks.values():
             self._cancel(task)
-        # The entries of the cancelled tasks go with the old queue (R4), which is bound to this event
-        # loop: the app may be started again in another.
+        # The entries of the cancelled tasks go with the old queue (R4), which is bound to this
+        # event loop: the app may be started again in another.
         self._queue = TaskQueue(self._settings.queue_size)
         for asyncio_task in asyncio_tasks:
             asyncio_task.cancel()
@@ -851,7 +853,7 @@ class TaskManager:
     async def _worker(self) -> None:
         """Take one task after the other, until cancelled.
 
-        CancelledError is not caught here, nor in `_run_task` (a `finally` does not catch). If it were:
+        CancelledError is not caught here, nor in `_run_task`. (A `finally` does not catch.) Else:
 
             server: stops, cancels the worker, waits for its end
             worker: catches CancelledError, believes that its task was cancelled, goes on
@@ -859,8 +861,8 @@ class TaskManager:
         """
         while True:
             _, _, task_id = await self._queue.get()
-            # One stretch (R1), from where `get` takes the entry out to the first wait in `_run_task`.
-            # So a DELETE finds each task either in the queue or processing.
+            # One stretch (R1), from where `get` takes the entry out to the first wait in
+            # `_run_task`. So a DELETE finds each task either in the queue or processing.
             self._busy += 1
             try:
                 await self._run_task(self._tasks[task_id])
@@ -878,8 +880,8 @@ class TaskManager:
         # Before `create_task`, since an eager asyncio task (Python 3.12) begins inside of that.
         self._change_status(task, "processing")
         work = asyncio.create_task(self._work(task))
-        # Here a DELETE and the stop find it to cancel it. And the event loop itself keeps only a weak
-        # reference: work that has been abandoned could be garbage-collected.
+        # Here a DELETE and the stop find it to cancel it. And the event loop itself keeps only a
+        # weak reference: work that has been abandoned could be garbage-collected.
         self._running[task_id] = work
         work.add_done_callback(lambda _: self._running.pop(task_id))
         await asyncio.wait({work}, timeout=self._settings.task_timeout)
@@ -891,8 +893,8 @@ class TaskManager:
 
     async def _time_out(self, task: Task, work: AsyncioTask) -> None:
         """Stop work that has used up its time, and abandon it if it does not end."""
-        # First mark, then cancel (R3). If a DELETE has cancelled it before, it is cleaning up, and is
-        # not cancelled again.
+        # First mark, then cancel (R3). If a DELETE has cancelled it before, it is cleaning up, and
+        # is not cancelled again.
         if self._change_status(task, "failed", error=TIMED_OUT):
             work.cancel()
         await asyncio.wait({work}, timeout=CANCEL_GRACE)
@@ -930,8 +932,8 @@ class TaskManager:
     ) -> Any:
         """Do a task's work and return its result, or raise TaskFailedError with the reason.
 
-        `parameters` are as the task's model has validated them. `report(percent)` tells progress; it
-        is not for other threads (R1).
+        `parameters` are as the task's model has validated them. `report(percent)` tells progress;
+        it is not for other threads (R1).
         This is the place for real work. What it must not do is block the event loop, for then
         nobody else runs: what blocks goes through `await asyncio.to_thread(...)`. (To cancel that
         ends the `await`, and not the thread.)
@@ -1002,7 +1004,7 @@ class TaskManager:
         if status in FINAL:
             self._keep_for_a_while(task)
         self._wake(task["task_id"])
-        # A dict shows its strings as `repr` does: no line break in them can forge a line of the log.
+        # A dict shows its strings as `repr` does, so that no line break in them forges a log line.
         reason = f" {error}" if error else ""
         log.info("task %s %s%s", task["task_id"], status, reason)
         return True
@@ -1040,7 +1042,7 @@ class TaskManager:
             log.info("task %s removed", task_id)
 
     async def clean_up(self) -> None:
-        """Remove what has expired though nobody asks for it; `async` because the timer awaits it."""
+        """Remove what has expired, though nobody asks; `async` because the timer awaits it."""
         self.expire()
 
 
@@ -1048,7 +1050,7 @@ def exact_sum(numbers: list[float]) -> float:
     """Return the sum: of integers an integer, else a float that is correct to its last digit.
 
     A float is a fraction, so fractions add up exactly, in every order, and only the end is rounded.
-    (`math.fsum` does so too, but first makes a float of each integer, and rounds those beyond 2**53.)
+    (`math.fsum` does so too, but first makes a float of each integer, which rounds the large ones.)
     """
     if all(isinstance(number, int) for number in numbers):
         return sum(numbers)
@@ -1107,7 +1109,7 @@ class SubmissionBase(ClosedModel):
     example: ClassVar[dict[str, Any]]  # each model has its own, which /docs shows and tests submit
 
     priority: Priority = "normal"
-    """A higher one starts first, unless a lower one has waited long enough: a level is worth 30 s."""
+    """A higher one starts first, unless a lower one has waited long enough: 30 s a level."""
 
 
 class SumParameters(ClosedModel):
@@ -1449,8 +1451,8 @@ class RateLimitMiddleware:
         if scope["type"] != "http" or path_of(scope) in FREE_PATHS:
             await self._app(scope, receive, send)
             return
-        # The peer's address, as uvicorn gives it. X-Forwarded-For is not read here: anybody can send
-        # it. uvicorn reads it where the peer is a proxy that it has been told to trust.
+        # The peer's address, as uvicorn gives it. X-Forwarded-For is not read here: anybody can
+        # send it. uvicorn reads it where the peer is a proxy that it has been told to trust.
         host, _ = scope.get("client") or ("", 0)
         key = client_key(host)
 
@@ -1515,12 +1517,12 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         if self._declares_too_much(Headers(scope=scope)):
-            # Nothing has been received yet. The first `receive` would make uvicorn tell a client that
-            # asks with `Expect: 100-continue` to send it all.
+            # Nothing has been received yet. The first `receive` would make uvicorn tell a client
+            # that asks with `Expect: 100-continue` to send it all.
             await problem(413, self._detail)(scope, receive, send)
         elif scope["method"] == "GET":
-            # The body of a GET is not read. A stream calls `receive` too, but only to learn that its
-            # client has left, and an answer that has begun cannot become a 413.
+            # The body of a GET is not read. A stream calls `receive` too, but only to learn that
+            # its client has left, and an answer that has begun cannot become a 413.
             await self._app(scope, receive, send)
         else:
             await self._app(scope, self._bounded(receive), send)
@@ -1671,7 +1673,7 @@ TASK_LIST = answer_with({"type": "array", "items": {"$ref": SCHEMAS + "Task"}})
 HEALTH = answer_with({"$ref": SCHEMAS + "Health"})
 REFUSAL = answer_with({"$ref": SCHEMAS + "Problem"}, PROBLEM_JSON)
 
-# All routes have these. Without a `default` FastAPI would document the 422 that it answers of itself.
+# All routes have these. Without a `default` FastAPI would document a 422 of its own.
 COMMON_REFUSALS: dict[int | str, JsonObject] = {
     400: REFUSAL,
     "default": REFUSAL,
@@ -1689,6 +1691,7 @@ def complete_document(document: JsonObject) -> None:
         for operation in operations.values():
             for status, answer in operation["responses"].items():
                 complete_answer(answer, status, limited=path not in FREE_PATHS)
+            # The example of the schema is a completed task, which a DELETE never answers.
             if operation["operationId"] == "cancel_task":
                 cancelled = operation["responses"]["200"]
                 cancelled["content"]["application/json"]["example"] = EXAMPLE_CANCELLED
@@ -1786,8 +1789,8 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 # The app
 #
 # `create_app` makes one world: a manager, a limiter, an app that knows both. No code uses a global
-# that changes (the cache of `client_key` apart, which changes no answer), so two apps in one process
-# do not touch, and each test has its own.
+# that changes (the cache of `client_key` apart, which changes no answer), so two apps in one
+# process do not touch, and each test has its own.
 #
 # The lifespan owns what runs in the background. What happens on Ctrl-C or SIGTERM, step by step:
 #
@@ -1815,8 +1818,8 @@ Submit a task, then poll it until it is `completed`, `failed` or `cancelled`.
   first. One level is worth 30 seconds of waiting, so nothing waits for ever.
 * **Failure**: `error.code` is `task_failed` (see its message), `timeout` (after 60 seconds) or
   `internal_error`.
-* **Errors** are problem documents (RFC 9457). With 429 and 503 wait for `Retry-After` seconds; a 503
-  without it: no tasks are accepted now. An unknown field or query parameter is a 400.
+* **Errors** are problem documents (RFC 9457). With 429 and 503 wait for `Retry-After` seconds; a
+  503 without it: no tasks are accepted now. An unknown field or query parameter is a 400.
 * Anybody can see and cancel every task. HEAD is answered wherever GET is.
 
 These are the defaults; whoever runs the server may have set others.
@@ -1863,8 +1866,8 @@ async def timer(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
         try:
             await job()
         except Exception:
-            # Without this the timer would be dead from now on, and nobody would see it. CancelledError
-            # is no Exception, and ends it.
+            # Without this the timer would be dead from now on, and nobody would see it.
+            # CancelledError is no Exception, and ends it.
             log.exception("a round of %s failed", job.__qualname__)
 
 

@@ -163,7 +163,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             self._generator.shuffle(self._ready)  # type: ignore[attr-defined]  # of BaseEventLoop
 
     def run_in_executor(self, *arguments: Any) -> asyncio.Future[Any]:  # type: ignore[override]
-        """Count the threads that are at work, since their time is real. (The ignore: fewer types.)"""
+        """Count the threads that are at work, since their time is real. (Ignore: fewer types.)"""
         future = super().run_in_executor(*arguments)
         self.in_threads += 1
         future.add_done_callback(self._thread_ended)
@@ -234,7 +234,7 @@ def sleeper(monkeypatch: MonkeyPatch) -> Sleeper:
 
 @pytest.fixture(autouse=True)
 def expected_errors(caplog: LogCaptureFixture) -> Iterator[list[str]]:
-    """Fail a test that logs an ERROR which it does not expect, or expects one that does not come."""
+    """Fail a test that logs an ERROR it does not expect, or expects one that does not come."""
     expected: list[str] = []
     caplog.set_level(logging.INFO)
     yield expected
@@ -1064,7 +1064,7 @@ async def test_priority_then_first_come_first_served(single: World) -> None:
     ],
 )
 async def test_nothing_starves(later: float, low: float, high: float) -> None:
-    """A level is worth `priority_step` seconds: low goes before a high that is two steps younger."""
+    """A level is worth `priority_step` seconds: low goes before a high two steps younger."""
     async with world(workers=1, task_timeout=1000, time_scale=20, priority_step=30) as here:
         await here.submit()
         await ticks()
@@ -1268,7 +1268,7 @@ async def test_an_unknown_type_fails(here: World, expected_errors: list[str]) ->
 
 @parametrize("end", ["failed", "cancelled"])
 async def test_work_that_ignores_its_cancellation(end: str, caplog: LogCaptureFixture) -> None:
-    """R5: it keeps its worker no longer than its time-out and grace; its record is final at once."""
+    """R5: it keeps its worker for its time-out and grace at most; its record is final at once."""
 
     async def job(*_: Any) -> str:
         until = now() + 100
@@ -1401,7 +1401,7 @@ async def test_a_result_is_sent_as_json(here: World, name: str) -> None:
 
 
 async def test_what_work_still_holds_changes_no_record(here: World) -> None:
-    """R6: neither the parameters that work was given, nor the result that it gave, are the record's."""
+    """R6: neither the parameters that work got, nor the result that it gave, are the record's."""
     kept: list[Any] = []
 
     async def job(parameters: Json, _report: ReportProgress) -> list[Any]:
@@ -1704,7 +1704,7 @@ BUCKETS: dict[str, list[str | None]] = {
 
 
 async def test_who_shares_a_bucket() -> None:
-    """One bucket an IPv4 address, mapped or not, one an IPv6 /64, and one for all that is neither."""
+    """One bucket an IPv4 address, mapped or not, one an IPv6 /64, one for all that is neither."""
     async with world(rate_limit=1) as here:
         for name, hosts in BUCKETS.items():
             for number, host in enumerate(hosts):
@@ -1795,7 +1795,7 @@ BAD_BODIES: dict[str, tuple[bytes, str, str]] = {
 
 @parametrize("name", BAD_BODIES)
 async def test_bad_bodies_are_refused_at_the_door(here: World, name: str) -> None:
-    """Poison gets a short 400 that points at it, in little time, and leaves nothing in the store."""
+    """Poison gets a short 400 that points at it, in little time, and leaves nothing behind."""
     body, pointer, detail = BAD_BODIES[name]
     start = time.process_time()
     answer = await here.send(body)
@@ -2667,7 +2667,7 @@ def test_a_declared_length_is_refused_before_the_body(server: Server, method: st
 @needs_signals
 @parametrize(("signum", "code"), SIGNALS)
 def test_a_signal_ends_it_at_once_and_cleanly(signum: int, code: int) -> None:
-    """With twenty tasks and open long polls, also of a client that has left, it ends in a second."""
+    """With twenty tasks and open long polls, also of a client that left, it ends in a second."""
     with Server(rate_limit=100, long_poll=60) as server:
         paths = [server.submit("generate_report", **SLOW) for _ in range(20)]
         poll = f"GET {paths[0]}?wait=true&since=processing HTTP/1.1"
