@@ -1,94 +1,58 @@
-"""A rate-limited asynchronous task manager with polling: one file, to be read from top to bottom.
+"""A rate-limited asynchronous task manager with polling, in a single file.
 
-Clients submit tasks over HTTP, poll or long-poll them, list them and cancel them. Five workers take
-the tasks from a priority queue in memory, ended tasks are kept for ten minutes, and each client
-address may send ten requests a minute. To run it: `uvicorn main:app --reload`, then open /docs.
+Clients submit tasks over HTTP, poll or long-poll their status, list them and cancel them. Five
+workers take the tasks from a priority queue in memory. Read the file from top to bottom: first the
+engine, which is plain asyncio, then the HTTP API that wraps it.
 
+To run it: `uvicorn main:app --reload`, then open http://127.0.0.1:8000/docs.
 
-The path of a task
-------------------
+    queued ----> processing ----> completed | failed
+       |             |
+       +-------------+----------> cancelled
 
-    POST /tasks -> HeadMiddleware -> RateLimitMiddleware -> BodyLimitMiddleware
-        -> a Submission (validated) -> TaskManager.submit -> TaskQueue -> a worker -> _run_task
-        -> _work -> _execute -> _change_status -> ten minutes later: expire
+A *task* is what a client submits: a dict whose `status` moves along these arrows. The *work* of a
+task is the coroutine that computes its result. What `asyncio.create_task` returns is always called
+an *asyncio task* here.
 
-    queued ---> processing ---> completed | failed
-       |            |
-       +------------+---------> cancelled
+Three facts about asyncio
+-------------------------
 
-A status only ever moves along these arrows. The three on the right are final.
+1.  **Code between two awaits is atomic.** The event loop runs all coroutines in one thread. It can
+    switch from one to another only where the current one has to wait: at an `await`, an `async
+    with`, an `async for`, or the `yield` of an async generator.
 
+        if len(tasks) < 100:        # These two lines cannot be interrupted,
+            tasks.append(task)      # so there are never more than 100 tasks. No lock is needed.
 
-Three facts of asyncio
-----------------------
+        if len(tasks) < 100:
+            await save(task)        # Another coroutine runs here, and also sees 99 tasks.
+            tasks.append(task)      # <-- There can be 101 tasks now.
 
-Everything below rests on them. An *asyncio task* is what `asyncio.create_task` makes: a coroutine
-that runs beside the others. A plain *task* in this file is always a record: what a client submits.
-The *work* of a task is the asyncio task that runs its code.
+    Awaiting a coroutine that never waits doesn't switch. It is like a function call.
 
-1.  The *event loop* runs all coroutines, in one thread. It changes from one to another only where
-    one of them really waits, which can happen at an `await`, at an `async with` or `async for`,
-    which await for you, and at the `yield` of an async generator, whose reader may wait. The code
-    between two waits is called a *stretch* here. A stretch is atomic: nobody else runs in the
-    middle of it. To `await` a coroutine that itself never waits ends no stretch.
-2.  `asyncio_task.cancel()` does not stop anything by itself. When that asyncio task next gets its
-    turn, `asyncio.CancelledError` is raised in it, at the await where it waits; and if that awaits
-    another asyncio task (`await other`), the other one is cancelled too. The code may clean up, may
-    take its time, may even ignore it. If it is cancelled before its first step, not a line of it
-    ever runs: no `except`, no `finally`.
-3.  An `asyncio.Event` is a flag with a waiting room. `set()` lets all who wait go on, each when the
-    loop comes to it, and whoever comes later does not wait at all. `clear()` closes the room again.
+2.  **Cancellation is a request.** After `asyncio_task.cancel()`, the event loop raises
+    `asyncio.CancelledError` at the `await` where that asyncio task is suspended. The coroutine can
+    clean up before it ends, and it can even ignore the request. If it is waiting for another
+    asyncio task, that one receives the request instead. If it has not started yet, none of its code
+    runs, not even a `finally`.
 
+3.  **An `asyncio.Event` wakes all its waiters.** A coroutine that awaits `event.wait()` is
+    suspended until another one calls `event.set()`. After that, `event.wait()` returns immediately.
 
-Six rules
----------
-
-The code cites them where it relies on them.
-
-R1  A stretch is atomic, so whatever must be seen whole happens in one stretch. Every change of a
-    record is such a stretch, and needs no lock.
-R2  One method, `_change_status`, changes a status, and it wakes those who wait for the change.
-    Whoever waits takes the task's Event from the dict `_changed`, or puts a new one there, in the
-    same stretch in which it reads the status. `_change_status` takes the Event out of the dict and
-    sets it. Nobody clears an Event. (`stop_waiting` takes out and sets all of them, though no
-    status changes.)
-R3  A final status is final. To stop a task, mark its record, then cancel the asyncio task that
-    works on it. Whatever that one reports afterwards is ignored.
-R4  A task leaves the queue exactly once: to a worker, or by cancellation (the stop cancels all). A
-    cancelled task leaves nothing behind in the queue and occupies no place there.
-R5  A worker survives its task. The work runs in an asyncio task of its own, and the worker waits
-    for it with `asyncio.wait`. That returns when the work has ended in any way, by cancellation
-    too, and raises CancelledError only when the worker itself is cancelled.
-R6  What is stored can be sent. Parameters and results are stored as copies, encoded to JSON and
-    decoded again. Parameters that cannot be encoded are refused, a result that cannot be encoded
-    fails its task, and what the work still holds of either is not part of the record.
-
+Some comments show a run of the program *without* the precaution that they explain. In such a run,
+the arrow `<--` marks the step that goes wrong.
 
 What this file does not do
 --------------------------
 
-It keeps nothing over a restart, it runs as one process only (`--workers 2` would be two managers,
-each with half of the tasks), it knows no users, so anybody may see and cancel everything, and it
-cannot stop work that blocks the event loop or ignores its cancellation. README.md names systems
-without these limits, and which parts of this file they replace.
-
-
-Map
----
-
-    The engine, which knows no HTTP          The API, which translates
-    -------------------------------          -------------------------
-    Vocabulary    words, the record          Models        what comes in and goes out
-    Errors        who raises what            Problems      one shape for all errors
-    Settings      the environment            Middleware    HEAD, rate limit, size of a body
-    Rate limiter  a sliding window           Stream        the list of tasks
-    Task queue    the next one, by priority  OpenAPI       data for /docs
-    Task manager  a task's life, in order    Routes        one call of the manager each
-                                             The app       starts and stops all of it
+Tasks are lost when the process restarts. There can be only one process, because a second one would
+have its own tasks. There are no users: every client can see and cancel every task. Work that blocks
+the event loop or ignores its cancellation cannot be stopped. README.md names systems without these
+limits, and says which parts of this file they replace.
 """
 
 import asyncio
-import heapq
+import http.client
 import ipaddress
 import itertools
 import json
@@ -96,15 +60,12 @@ import logging
 import math
 import os
 import signal
-import textwrap
-import traceback
-from collections import deque
+import threading
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime, timedelta, timezone
-from fractions import Fraction
 from functools import lru_cache, partial
-from http import HTTPStatus
 from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 from urllib.parse import quote
@@ -112,57 +73,29 @@ from uuid import UUID, uuid4
 
 from fastapi import Body, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import RedirectResponse, StreamingResponse
-from fastapi.routing import APIRoute
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainValidator,
-    TypeAdapter,
-    ValidationError,
-    with_config,
-)
-from pydantic_core import PydanticCustomError, from_json, to_json, to_jsonable_python
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
+from pydantic import BaseModel, Field, PlainValidator, ValidationError
+from pydantic_core import PydanticCustomError, from_json, to_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.routing import Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from typing_extensions import NotRequired, Self, TypeAliasType, TypedDict
+from typing_extensions import NotRequired, TypedDict
 
-# A plain `getLogger(__name__)` would show nothing under uvicorn, which configures its own loggers
-# and leaves the root logger alone. A child of one of uvicorn's appears beside its lines.
+# uvicorn configures only its own loggers, and this is a child of one of them. The messages of
+# `getLogger(__name__)` would not be shown.
 log = logging.getLogger("uvicorn.error.tasks")
 
 
-# ==================================================================================================
-# Vocabulary
+# === Types ========================================================================================
 #
-# A task is one dict from its submission to its end, and that dict is what clients get. It is a
-# TypedDict: a plain dict at run time, which is what the JSON encoder is fastest with, and a checked
-# type for mypy. The docstrings below its fields are for two readers: pydantic carries them into the
-# OpenAPI document, so /docs says the same as this file.
-# ==================================================================================================
+# A task is a plain dict with a checked type. The engine stores it and the API sends it as it is.
+# The docstrings of these classes are shown to clients in /docs.
 
-# `TypeAliasType` is `type Status = ...` for Pythons before 3.12. Unlike a plain alias it has a name
-# at run time, under which it appears in the OpenAPI document: once, and not in every field.
-Status = TypeAliasType(
-    "Status",
-    Literal["queued", "processing", "completed", "failed", "cancelled"],
-)
-Priority = TypeAliasType(
-    "Priority",
-    Literal["high", "normal", "low"],
-)
-ErrorCode = TypeAliasType(
-    "ErrorCode",
-    Literal["task_failed", "timeout", "internal_error"],
-)
+Status: TypeAlias = Literal["queued", "processing", "completed", "failed", "cancelled"]
+Priority: TypeAlias = Literal["high", "normal", "low"]
+Parameters: TypeAlias = dict[str, Any]
 
-STATUSES: tuple[Status, ...] = get_args(Status.__value__)
-
-# The drawing at the top of the file, as data: which statuses may follow a status.
+# The state diagram as data: the statuses that can follow each status.
 TRANSITIONS: Mapping[Status, tuple[Status, ...]] = {
     "queued": ("processing", "cancelled"),
     "processing": ("completed", "failed", "cancelled"),
@@ -170,1773 +103,1170 @@ TRANSITIONS: Mapping[Status, tuple[Status, ...]] = {
     "failed": (),
     "cancelled": (),
 }
-FINAL = frozenset(status for status in STATUSES if not TRANSITIONS[status])
-
-Parameters: TypeAlias = dict[str, Any]
-Timestamp: TypeAlias = Annotated[
-    str,
-    Field(json_schema_extra={"format": "date-time"}),
-]
-TaskId: TypeAlias = Annotated[
-    str,
-    Field(json_schema_extra={"format": "uuid"}),
-]
-
-# Without this, pydantic would leave out the docstrings of the fields.
-documented = with_config(ConfigDict(use_attribute_docstrings=True))
+FINAL = ("completed", "failed", "cancelled")
 
 
-@documented
 class TaskError(TypedDict):
-    """Why a task has failed."""
+    """Why a task failed.
 
-    code: ErrorCode
-    """`task_failed`: the work says that it cannot be done; `timeout`: it took too long;
-    `internal_error`: a fault of the server, whose log tells more."""
+    `task_failed`: the work could not be done, and `message` says why. `timeout`: the work took too
+    long. `internal_error`: an error in the server, which is described in its log.
+    """
 
+    code: Literal["task_failed", "timeout", "internal_error"]
     message: str
-    """For a person to read. With `task_failed` it is the work's own."""
 
 
-@documented
 class Task(TypedDict):
-    """A task: the same twelve fields in every state, and null where there is no value yet."""
+    """A task. It has the same fields in every state; fields that have no value yet are null.
 
-    task_id: TaskId
-    """A random UUID (version 4), made by the server."""
+    `status` changes from `queued` to `processing`, then to `completed`, `failed` or `cancelled`.
+    `progress` is a percentage, and 100 only if the task is completed. `result` is set if it is
+    completed, and `error` if it has failed. All times are in UTC (RFC 3339). A finished task can be
+    read until `expires_at`.
+    """
 
+    task_id: str
     task_type: str
-    """As submitted. It decides what `parameters` and `result` are."""
-
     parameters: Parameters
-    """As submitted, with the defaults filled in. They never change."""
-
     priority: Priority
-    """As submitted. It decides when the task starts, and nothing else."""
-
     status: Status
-    """Only ever moves forward: queued, processing, then completed, failed or cancelled."""
-
     progress: int
-    """Percent. It never falls, and is 100 if and only if the task is completed."""
-
     result: Any
-    """Null unless completed."""
-
     error: TaskError | None
-    """Null unless failed."""
-
-    created_at: Timestamp
-    """When the task was submitted: UTC, RFC 3339, always with six digits and a Z."""
-
-    started_at: Timestamp | None
-    """Null until processing, and for ever if the task was cancelled before."""
-
-    finished_at: Timestamp | None
-    """Null until the task is completed, failed or cancelled."""
-
-    expires_at: Timestamp | None
-    """Null until `finished_at` is set; from this moment on the task is no longer there (404)."""
+    created_at: str
+    started_at: str | None
+    finished_at: str | None
+    expires_at: str | None
 
 
-@documented
 class Health(TypedDict):
-    """What `GET /health` answers while the workers run."""
+    """The number of tasks by status, the length of the queue, and how many workers are busy."""
 
     status: Literal["ok"]
-    """Always `ok`; a server without workers answers 503."""
-
     tasks: dict[Status, int]
-    """How many tasks there are in each status."""
-
     queue: dict[Literal["size", "capacity"], int]
-    """How many tasks wait for a worker, and how many may; beyond that, a submission gets 503."""
-
     workers: dict[Literal["busy", "total"], int]
-    """How many workers have a task in hand, and how many there are."""
 
 
-# Two clocks, each read through one name, so that a test can own both. The loop's clock never jumps:
-# every deadline is measured on it. The wall clock may be changed at any time, so it is only used
-# for the dates that are shown.
+# === Settings =====================================================================================
+
+# The upper bound is 30 years in seconds. Dates and asyncio's timers cannot handle much more.
+Count: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000_000)]
+Seconds: TypeAlias = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
+SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
 
 
-def now() -> float:
-    """Return the event loop's time, in seconds since some moment in the past."""
-    return asyncio.get_running_loop().time()
+class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """The settings: `Settings(workers=2)`, or `TASKS_WORKERS=2` in the environment."""
+
+    workers: Count = 5  # tasks that are processed at the same time
+    queue_size: Count = 100  # tasks that can wait for a worker
+    max_tasks: Count = 10_000  # tasks in memory, whatever their status
+    rate_limit: Count = 10  # requests of one client in `rate_window` seconds
+    rate_window: Count = 60  # seconds, a whole number
+    long_poll: SecondsOrZero = 10  # how long `?wait=true` waits for a change
+    retention: Seconds = 600  # how long a finished task can be read
+    cleanup_interval: Seconds = 30  # between two runs of the clean-up
+    task_timeout: Seconds = 60  # for the work of a task
+    priority_step: SecondsOrZero = 30  # see the task queue
+    max_body: Count = 65_536  # bytes in the body of a request
+    time_scale: SecondsOrZero = 1  # multiplies the duration of the simulated work
 
 
-def utc_now() -> datetime:
-    """Return the date and time of the wall clock."""
-    return datetime.now(timezone.utc)
+def read_settings() -> Settings:
+    """Read the `TASKS_*` variables; raise SystemExit with a line for each invalid one."""
+    values = {}
+    for variable, value in os.environ.items():
+        if variable.startswith("TASKS_"):
+            values[variable.removeprefix("TASKS_").lower()] = value
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as exc:
+        lines = []
+        for error in exc.errors():
+            name = str(error["loc"][0])
+            lines.append(f"TASKS_{name.upper()}: {error['msg']}")
+        raise SystemExit("\n".join(lines)) from None
 
 
-def timestamp(moment: datetime) -> str:
-    """Return a UTC date as RFC 3339 writes it, with six digits also where they are zero."""
-    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
-
-
-def json_form(value: Any) -> Any:
-    """Return what `json.dumps` shall write for a value of a type that JSON does not have."""
-    if isinstance(value, bytes | bytearray | memoryview):
-        # Pydantic would guess that they are text.
-        raise TypeError("bytes are no text: encode them, in base64 for example")
-    return to_jsonable_python(value)  # dates, dataclasses, models, sets, iterators
-
-
-def json_copy(value: Any, *, allow_nan: bool = False) -> Any:
-    """Return a copy of `value` that has been through JSON (R6).
-
-    Raise TypeError, ValueError or RecursionError for what cannot be sent: an object that JSON has
-    no form for, bytes, half a surrogate pair (a piece of a character, which UTF-8 cannot encode), a
-    value inside itself, more than 200 levels (pydantic's bound). NaN and infinity, which JSON
-    lacks, are refused too; with `allow_nan` they pass, and are sent as null: better a result with a
-    hole in it than no result.
-    """
-    text = json.dumps(value, default=json_form)
-    return from_json(text, allow_inf_nan=allow_nan)
-
-
-def printable(text: str) -> str:
-    """Return `text` with a question mark for each half of a surrogate pair, which UTF-8 lacks."""
-    return text.encode(errors="replace").decode()
-
-
-# ==================================================================================================
-# Errors
+# === Errors =======================================================================================
 #
-# The manager refuses with a ManagerError and knows no HTTP; `handle_error`, far below, gives each
-# its HTTP status. TaskFailedError stands apart: it ends in a record, and never in an HTTP status.
-# ==================================================================================================
+# The manager raises subclasses of ManagerError, and the API turns them into HTTP responses.
+# TaskFailedError is different. Work raises it, and its message is stored in the task.
 
 
 class ManagerError(Exception):
-    """What the manager refuses. The base of the next four."""
+    """The base class of the errors that the task manager raises."""
 
 
-class InvalidParametersError(ManagerError):
-    """400: raised by `submit` for parameters that could not be sent out again (R6)."""
+class InvalidJsonError(ManagerError):
+    """A value has no JSON form (400, if it is a parameter)."""
 
 
 class TaskNotFoundError(ManagerError):
-    """404: raised by whatever takes a task's id; there is no such task, or no longer."""
+    """There is no task with this id, or it has expired (404)."""
 
 
 class TaskFinishedError(ManagerError):
-    """409: raised by `cancel` for a task that has completed or failed."""
+    """The task cannot be cancelled, because it has completed or failed (409)."""
 
     def __init__(self, task: Task) -> None:
-        super().__init__(task["task_id"])
+        super().__init__(f"The task has already {task['status']}.")
         self.task = task
 
 
 class UnavailableError(ManagerError):
-    """503: raised by `submit` and `health` where nobody would do the work, or there is no room."""
-
-    def __init__(self, detail: str, retry_after: int | None = None) -> None:
-        """Take the reason, and after how many seconds a client may try again, if that is known."""
-        super().__init__(detail)
-        self.retry_after = retry_after
+    """No task can be accepted now, because there is no room or no worker (503)."""
 
 
 class TaskFailedError(Exception):
-    """Raised by work that cannot be done. Its message is for the client to read."""
+    """Raised by work that cannot be done. Clients can read its message."""
 
 
-INTERNAL_ERROR: TaskError = {
-    "code": "internal_error",
-    "message": "The task failed unexpectedly.",
-}
+TIMEOUT: TaskError = {"code": "timeout", "message": "The task took too long."}
+INTERNAL_ERROR: TaskError = {"code": "internal_error", "message": "An internal error occurred."}
 
 
-TIMED_OUT: TaskError = {
-    "code": "timeout",
-    "message": "The task took too long.",
-}
-
-
-def classify_failure(exc: BaseException) -> TaskError:
-    """Return what the client may know of the exception that has ended a task's work."""
-    # An ExceptionGroup, as asyncio.TaskGroup raises it: if there is only one exception in it, that
-    # is the reason. (Python 3.10 has no such class.)
-    inner: tuple[BaseException, ...] = getattr(exc, "exceptions", ())
-    if len(inner) == 1:
-        return classify_failure(inner[0])
+def describe_failure(exc: BaseException) -> TaskError:
+    """Return what clients are told about an exception that ended the work of a task."""
+    # An exception group, as raised by asyncio.TaskGroup. Its first exception is the one that
+    # cancelled the rest of the group. (Python 3.10 has no class that could be matched below.)
+    group = getattr(exc, "exceptions", None)
+    if group:
+        return describe_failure(group[0])
     match exc:
         case TaskFailedError():
-            return {"code": "task_failed", "message": printable(str(exc))}
+            return {"code": "task_failed", "message": printable(exc)}
         case _:
-            # A TimeoutError too: it comes from something within the work, and not from us.
+            # The text of any other exception can contain secrets. Only the log shows it.
             return INTERNAL_ERROR
 
 
-def traceback_text(exc: BaseException) -> str:
-    """Return a traceback for the log, with a bar in front of each line.
+def printable(text: object, length: int | None = None) -> str:
+    """Return the beginning of a text, without the lone surrogates that UTF-8 cannot encode."""
+    return str(text)[:length].encode(errors="replace").decode()
 
-    An exception's text may hold what a client has sent, line breaks included. Without the bar:
 
-        ValueError: no such file: x
-        INFO:     task 4711 completed                                  <-- forged by a client
+# === Work =========================================================================================
+#
+# The part to replace by your own. A new task type needs a `case` here, and two models below.
+
+# Work calls this with its progress in percent.
+Report: TypeAlias = Callable[[float], None]
+
+# What the task manager calls to do the work of a task.
+Execute: TypeAlias = Callable[[str, Parameters, Report], Awaitable[Any]]
+
+
+async def execute(
+    task_type: str, parameters: Parameters, report: Report, time_scale: float = 1
+) -> Any:
+    """Do the work of a task and return its result, which must have a JSON form.
+
+    `parameters` have been validated, and the work may change them. Raise TaskFailedError if the
+    work cannot be done. Never block the event loop, because everything else would have to wait:
+    call a blocking function with `await asyncio.to_thread(function, ...)`.
     """
-    lines = traceback.format_exception(exc)
-    return textwrap.indent("".join(lines), "| ")
+    match task_type:
+        case "compute_sum":
+            await simulate(5 * time_scale, report)
+            numbers = parameters["numbers"]
+            if all(isinstance(number, int) for number in numbers):
+                return sum(numbers)
+            return math.fsum(numbers)  # correctly rounded, whatever the order of the numbers
+        case "generate_report":
+            sections = parameters["sections"]
+            await simulate(5 * sections * time_scale, report)
+            return f"{parameters['title']}\n{sections} sections"
+        case "simulate_failure":
+            await simulate(5 * time_scale, report)
+            raise TaskFailedError(parameters["message"])
+        case _:
+            # Without this case, a forgotten task type would "complete" with the result None.
+            raise NotImplementedError(f"no work for task type {task_type!r}")
 
 
-# ==================================================================================================
-# Settings
+def scaled_execute(time_scale: float) -> Execute:
+    """Return `execute` as the task manager calls it, with three arguments."""
+    return partial(execute, time_scale=time_scale)
+
+
+async def simulate(seconds: float, report: Report) -> None:
+    """Sleep in ten steps, and report the progress before each of them."""
+    for percent in range(0, 100, 10):
+        report(percent)
+        await asyncio.sleep(seconds / 10)
+
+
+# === Rate limiter =================================================================================
 #
-# Read from the environment once, at the start. With a bad value the server does not start, and the
-# error names the variable. All numbers are finite, since asyncio keeps its timers in a heap, and
-# one at `nan` would corrupt the order of the heap; and bounded, since dates are. To add a setting,
-# add a line.
-# ==================================================================================================
-
-LARGEST_SETTING = 1_000_000_000  # 30 years of seconds are enough
-
-Count: TypeAlias = Annotated[int, Field(ge=1, le=LARGEST_SETTING)]
-Seconds: TypeAlias = Annotated[float, Field(gt=0, le=LARGEST_SETTING)]
-SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=LARGEST_SETTING)]
-
-
-class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
-    """What can be tuned: `Settings(workers=2)` in a test, `TASKS_WORKERS=2` in the environment."""
-
-    workers: Annotated[int, Field(ge=1, le=1000)] = 5
-    """How many tasks run at a time: a worker has one in hand."""
-
-    queue_size: Count = 100
-    """How many tasks may wait for a worker."""
-
-    max_tasks: Count = 10_000
-    """How many tasks are kept in all, whatever their status."""
-
-    rate_limit: Count = 10
-    """How many requests one client may send in any `rate_window`."""
-
-    rate_window: Count = 60
-    """Whole seconds, since the RateLimit header fields know no fractions."""
-
-    long_poll: SecondsOrZero = 10
-    """How many seconds a request with `wait=true` is held at most."""
-
-    retention: Seconds = 600
-    """For how many seconds after its end a task can still be asked for."""
-
-    cleanup_interval: Annotated[Seconds, Field(ge=0.1)] = 30
-    """Seconds between two rounds of the clean-up; much less would only keep the processor busy."""
-
-    task_timeout: Seconds = 60
-    """How many seconds the work of a task may take, its time in the queue not included."""
-
-    priority_step: SecondsOrZero = 30
-    """How many seconds of waiting one level of priority is worth: see the task queue."""
-
-    max_body: Count = 65_536
-    """How many bytes the body of a request may have."""
-
-    time_scale: SecondsOrZero = 1
-    """What the duration of the simulated work is multiplied by; 0 for none."""
-
-    @classmethod
-    def from_environment(cls) -> Self:
-        """Read the `TASKS_*` variables; raise SystemExit with a line for each bad one."""
-        variables = {name: f"TASKS_{name.upper()}" for name in cls.model_fields}
-        given: dict[str, str] = {}
-        for name, variable in variables.items():
-            if variable in os.environ:
-                given[name] = os.environ[variable]
-        try:
-            return cls.model_validate(given)
-        except ValidationError as exc:
-            lines = []
-            for error in exc.errors():
-                variable = variables[str(error["loc"][0])]
-                message = error["msg"]
-                lines.append(f"{variable}: {message}")
-            raise SystemExit("\n".join(lines)) from None
-
-
-# ==================================================================================================
-# Rate limiter
+# At most `limit` requests in any `window` seconds: a sliding window. For each client, a deque holds
+# the times of the requests that were accepted. New times are appended on the right, old ones are
+# removed on the left, and a deque is fast at both ends. A counter that is reset every minute would
+# be simpler, but wrong:
 #
-# A sliding window: at most `limit` requests in any `window` seconds. For each key (a client's
-# address) a deque holds the times of the requests that were let through, oldest first: the new ones
-# are appended on the right, the old ones leave on the left (a list would move all the others when
-# its first one leaves). A fixed window, a counter that is reset every minute, would do this:
+#     11:59:59  client: sends 10 requests, which count for the first minute
+#     12:00:00  limiter: resets the counter
+#     12:00:01  client: sends 10 requests     <-- 20 requests in two seconds
 #
-#   11:59:59  client: ten requests, counted in the first minute
-#   12:00:00  the counter is reset
-#   12:00:00  client: ten more               <-- twenty within a second
-#
-# A refused request is not counted, so a client that keeps knocking gets in as soon as one that
+# Refused requests are not counted. So a client that keeps trying is accepted as soon as one that
 # waits.
-# ==================================================================================================
+
+
+def now() -> float:
+    """Return the time of the event loop's clock in seconds.
+
+    All deadlines use this clock. The wall clock can be changed while the program is running, so it
+    is used only for the times that clients see.
+    """
+    return asyncio.get_running_loop().time()
 
 
 class RateLimiter:
-    """Counts requests in a sliding window, for each key."""
+    """Counts the requests of each client in a sliding window."""
 
     def __init__(self, limit: int, window: int) -> None:
         """Allow `limit` requests in any `window` seconds."""
         self.limit = limit
         self.window = window
-        # key -> the times of its counted requests, at most `limit`, oldest first.
-        self._hits: dict[str, deque[float]] = {}
-        # A lock between coroutines, not threads. Today it is always free, since nobody waits while
-        # holding it: each method is one stretch (R1), and right even without. It is for the day
-        # when the times are in a store that is awaited. Then, without it:
+        self._times: dict[str, deque[float]] = {}
+        # As written, the methods never wait while they hold the lock, so they are atomic even
+        # without it. The lock becomes necessary as soon as the times live in a store that has to be
+        # awaited, such as Redis. Otherwise:
         #
-        #   request 1: sees nine hits, awaits the store
-        #   request 2: sees nine hits, awaits the store
-        #   both:      append theirs                                  <-- eleven in a minute
+        #     request 1: counts 9 requests, awaits the store
+        #     request 2: counts 9 requests, awaits the store
+        #     both:      add their own time                      <-- 11 requests are accepted
         self._lock = asyncio.Lock()
 
-    async def hit(self, key: str) -> int:
-        """Count a request and return 0; or count nothing, and return the seconds to wait."""
+    async def hit(self, client: str) -> bool:
+        """Count a request and return True, or return False if the limit is reached."""
         async with self._lock:
-            moment = now()
-            hits = self._hits.setdefault(key, deque())
-            self._drop_old(hits, moment)
-            if len(hits) < self.limit:
-                hits.append(moment)
-                return 0
-            # At least 1, since what `_drop_old` has left is still within the window.
-            return self._seconds_left(hits, moment)
+            times = self._recent(client)
+            if len(times) >= self.limit:
+                return False
+            times.append(now())
+            return True
 
-    async def quota(self, key: str) -> tuple[int, int]:
-        """Return how many requests `key` has left, and in how many seconds there is one more."""
+    async def quota(self, client: str) -> tuple[int, int]:
+        """Return how many requests are left, and the seconds until there is one more."""
         async with self._lock:
-            moment = now()
-            hits = self._hits.get(key, deque())
-            self._drop_old(hits, moment)
-            left = self.limit - len(hits)
-            seconds = self._seconds_left(hits, moment)
-            return left, seconds
+            times = self._recent(client)
+            left = self.limit - len(times)
+            if not times:
+                return left, 0
+            # Rounded up, because after a shorter wait the client would be refused again. A rounding
+            # error of the sum must not make it longer than the window.
+            seconds = math.ceil(times[0] + self.window - now())
+            return left, min(seconds, self.window)
 
     async def sweep(self) -> None:
-        """Forget the keys that have gone quiet: an empty deque costs nearly a kilobyte."""
+        """Forget the clients that have no request in the window."""
         async with self._lock:
-            moment = now()
-            for key, hits in list(self._hits.items()):
-                self._drop_old(hits, moment)
-                if not hits:
-                    del self._hits[key]
+            for client in list(self._times):
+                if not self._recent(client):
+                    del self._times[client]
 
-    # The next two methods both compute `hits[0] + window`. In the first one,
-    # `hits[0] <= moment - window` means the same, but floats may round it the other way, and the
-    # two would disagree about a client that has waited exactly as long as it was told.
-
-    def _drop_old(self, hits: deque[float], moment: float) -> None:
-        """Remove the times that have left the window by `moment`."""
-        while hits and hits[0] + self.window <= moment:
-            hits.popleft()
-
-    def _seconds_left(self, hits: deque[float], moment: float) -> int:
-        """Return in how many seconds the oldest time leaves the window; 0 if there is none."""
-        if not hits:
-            return 0
-        # Rounded up, or the client would come too early. `min`, since floats may make this a hair
-        # more than the window.
-        seconds = hits[0] + self.window - moment
-        return min(math.ceil(seconds), self.window)
+    def _recent(self, client: str) -> deque[float]:
+        """Return the times of a client that are still in the window."""
+        times = self._times.setdefault(client, deque())
+        # `times[0] <= now() - window` could be rounded differently from the sum in `quota`. Then
+        # some clients that have waited exactly as long as they were told would be refused.
+        while times and times[0] + self.window <= now():
+            times.popleft()
+        return times
 
 
-# ==================================================================================================
-# Task queue
+# === Task queue ===================================================================================
 #
-# The tasks that wait for a worker, the one that is due first in front. A task's due time is the
-# time of its submission plus some seconds that depend on its priority. It never has to be computed
-# again, and nothing starves. With a `priority_step` of 30 s:
+# The workers take the task that is due first. The due time of a task is the time of its submission,
+# plus 30 s (`priority_step`) for `normal` and 60 s for `low`. It never changes, so no task has to
+# wait forever:
 #
-#   low,  submitted at  0: due at 60
-#   high, submitted at 59: due at 59, so it is first
-#   high, submitted at 61: due at 61, so it is second: the low one has waited long enough
+#     second 0   A is submitted, low:  due at 60
+#     second 59  B is submitted, high: due at 59, so it overtakes A
+#     second 61  C is submitted, high: due at 61, so it does not
 #
-# So nothing that comes more than two steps after a task can overtake it.
+# A cancelled task is removed from the queue immediately. Otherwise:
 #
-# asyncio.PriorityQueue orders the entries (a heap), bounds their number and lets workers wait. It
-# lacks a way to take out an entry in the middle, and a cancelled task must not stay (R4). Without:
-#
-#   client: submits 100 tasks and cancels them all; they stay in the queue, marked "cancelled"
-#   client: submits one more: 503, the queue is full       <-- of nothing
-# ==================================================================================================
+#     client: submits 100 tasks and cancels all of them
+#     client: submits another task
+#     server: responds with 503, the queue is full           <-- of tasks that will never run
 
-# Due time, sequence number, id of the task. No two entries have the same sequence number, so a tie
-# in the due time is first come first served, and a comparison never gets to the ids.
+PRIORITY_LEVELS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
+
+# The due time, a sequence number, and the id of the task. No two entries have the same sequence
+# number, so tasks that are due at the same time are taken in the order of their submission.
 Entry: TypeAlias = tuple[float, int, str]
-
-PRIORITY_STEPS: Mapping[Priority, int] = {
-    "high": 0,
-    "normal": 1,
-    "low": 2,
-}
 
 
 class TaskQueue(asyncio.PriorityQueue[Entry]):
-    """A priority queue from which a task can be removed."""
-
-    # The heap of asyncio.PriorityQueue: private, but there since asyncio began.
-    _queue: list[Entry]
+    """A bounded queue that returns the smallest entry first, and can remove an entry."""
 
     def remove(self, task_id: str) -> None:
-        """Take a task out, wherever it stands (R4), in time proportional to the queue's length."""
-        others = [entry for entry in self._queue if entry[2] != task_id]
-        heapq.heapify(others)
-        self._queue = others
+        """Remove the entry of a task."""
+        # Take all entries out, and put the others back. There is no `await`, so this is atomic.
+        others = []
+        while not self.empty():
+            entry = self.get_nowait()
+            if entry[2] != task_id:
+                others.append(entry)
+        for entry in others:
+            self.put_nowait(entry)
 
 
-# ==================================================================================================
-# Task manager
+# === Task manager =================================================================================
 #
-# All tasks, from submission to removal; the methods stand in the order of a task's life. A method
-# without `async` is one stretch (R1). That is why no lock is to be seen here, although five
-# workers, the clean-up and any number of requests change the same dicts. A check and what relies on
-# it stand in one stretch. Without R1:
-#
-#   request 1: sees 99 tasks in the queue, awaits something
-#   request 2: sees 99 tasks in the queue, awaits something
-#   request 1: puts its task into the queue: 100
-#   request 2: puts its task into the queue: 101       <-- one more than there are places
-# ==================================================================================================
+# Stores the tasks and runs them. After some functions, the methods come in this order: what clients
+# ask for, how a status changes, how the workers run a task. Requests, workers and the clean-up all
+# change the same dicts. No lock is needed, because no change contains an `await`.
 
-# Seconds that work gets to end after its time-out, or at the stop. Then it is abandoned: its worker
-# goes on without it.
-CANCEL_GRACE = 5.0
-RETRY_AFTER = 5  # seconds, the duration of the shortest task: by then the queue may have moved
+# Seconds that cancelled work has for its own clean-up. After that it is abandoned: it can go on,
+# but nothing waits for it any more.
+GRACE = 5
 
-# Work calls it, in percent.
-ReportProgress: TypeAlias = Callable[[float], None]
 
-AsyncioTask: TypeAlias = asyncio.Task[None]
+def utc_now() -> datetime:
+    """Return the time of the wall clock."""
+    return datetime.now(timezone.utc)
+
+
+def timestamp(moment: datetime) -> str:
+    """Return a UTC time in RFC 3339 format, always with six decimal places."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+
+
+def label(task: Task) -> str:
+    """Return a short name of a task for the log."""
+    return f"task {task['task_id'][:8]} {task['task_type']}"
+
+
+def json_copy(value: Any) -> Any:
+    """Return a copy of a value that has been converted to JSON and back; raise InvalidJsonError.
+
+    Parameters and results are stored as such copies. So everything that is stored can be sent, and
+    the code that a value came from cannot change the task afterwards.
+    """
+    try:
+        text = json.dumps(value, allow_nan=False)
+        check_keys(value)
+        return from_json(text)  # refuses lone surrogates, and more than 200 levels of nesting
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise InvalidJsonError("The value has no JSON form.") from exc
+
+
+def check_keys(value: Any) -> None:
+    """Raise TypeError for a key that is not a string; `json.dumps` would convert 1 to "1"."""
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            raise TypeError("keys must be strings")
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for item in value:
+            check_keys(item)
+
+
+@asynccontextmanager
+async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run a coroutine as an asyncio task while the body of `async with` runs, then cancel it."""
+    asyncio_task = asyncio.create_task(coroutine)
+    try:
+        yield
+    finally:
+        asyncio_task.cancel()
+        await asyncio.wait({asyncio_task})
 
 
 class TaskManager:
-    """Keeps the tasks, and has them worked on while `working` is entered."""
+    """Stores the tasks, and runs them inside `async with manager.working()`."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Make an empty manager; nothing runs yet."""
+    def __init__(self, settings: Settings, execute: Execute) -> None:
+        """Create a manager without tasks; `execute` does the work of a task."""
         self._settings = settings
-        # Whether tasks are accepted and polls are held: from the start of the workers until the
-        # server is told to stop, or a worker has died.
-        self._open = False
-        # All records by id, in order of submission.
+        self._execute = execute
+        # True while the workers are running and the server has not been told to shut down.
+        self._accepting = False
+        # All tasks by id, in the order of their submission.
         self._tasks: dict[str, Task] = {}
-        # How many records there are in each status: kept, since /health is not limited and must not
-        # take longer with more tasks.
-        self._counts: dict[Status, int] = dict.fromkeys(STATUSES, 0)
-        # An entry for each task with the status queued, and none for any other (R4).
+        # The tasks with the status "queued", and no others.
         self._queue = TaskQueue(settings.queue_size)
         self._sequence = itertools.count()
-        # id -> what is set when the status changes: made by the first who waits, removed by the
-        # next change (R2).
+        # The asyncio tasks that do the work, by task id, until they have ended.
+        self._works: dict[str, asyncio.Task[Any]] = {}
+        # For each task that is not final: when its status last changed, and the Event that the next
+        # change sets. The Event exists only if a client is waiting for it.
+        self._changed_at: dict[str, float] = {}
         self._changed: dict[str, asyncio.Event] = {}
-        # id -> the asyncio task that does the work, until it has really ended.
-        self._running: dict[str, AsyncioTask] = {}
-        # How many workers have a task in hand. (`_running` may have more: work that was abandoned.)
-        self._busy = 0
-        # (when to remove it, id) of each final task. The retention is the same for all, so the task
-        # that ends first is removed first, and appending keeps the deque sorted.
-        self._finished: deque[tuple[float, str]] = deque()
+        # When to remove each final task, and its id. The retention is the same for all tasks, so
+        # appending keeps this deque sorted.
+        self._expiring: deque[tuple[float, str]] = deque()
 
     # --- What clients ask for ---------------------------------------------------------------------
 
-    def submit(
-        self,
-        task_type: str,
-        parameters: Parameters,
-        priority: Priority = "normal",
-    ) -> Task:
-        """Queue a task and return its record.
-
-        Raise InvalidParametersError or UnavailableError; then no trace of the task is left.
-        """
-        self._check_room()
-        try:
-            parameters = json_copy(parameters)
-        except (TypeError, ValueError, RecursionError) as exc:
-            raise InvalidParametersError("The parameters cannot be stored as JSON.") from exc
-        task = self._new_record(task_type, parameters, priority)
-        task_id = task["task_id"]
-        steps = PRIORITY_STEPS[priority]
-        due = now() + steps * self._settings.priority_step
-        # One stretch (R1): no worker can take the entry before the record is there.
-        entry = (due, next(self._sequence), task_id)
-        self._queue.put_nowait(entry)
-        self._tasks[task_id] = task
-        self._counts["queued"] += 1
-        log.info("task %s queued: %s, priority %s", task_id, task_type, priority)
-        return task
-
-    def _check_room(self) -> None:
-        """Raise UnavailableError where a task would wait for ever, or would be one too many."""
-        self._check_open()
+    def submit(self, task_type: str, parameters: Parameters, priority: Priority = "normal") -> Task:
+        """Queue a new task and return it; raise UnavailableError or InvalidJsonError."""
+        if not self._accepting:
+            raise UnavailableError("No workers are running.")
         self.expire()
-        if self._queue.full():
-            raise UnavailableError("The queue is full.", RETRY_AFTER)
         if len(self._tasks) >= self._settings.max_tasks:
-            retry_after = RETRY_AFTER
-            if self._finished:
-                removal, _ = self._finished[0]
-                seconds = math.ceil(removal - now())
-                retry_after = max(1, seconds)
-            raise UnavailableError("No more tasks can be kept.", retry_after)
-
-    def _check_open(self) -> None:
-        """Raise UnavailableError if no workers run, or the server is stopping."""
-        if not self._open:
-            raise UnavailableError("No tasks are accepted now.")
-
-    @staticmethod
-    def _new_record(task_type: str, parameters: Parameters, priority: Priority) -> Task:
-        """Return the record of a task that is about to be queued."""
-        return {
-            "task_id": str(uuid4()),
-            "task_type": task_type,
-            "parameters": parameters,
-            "priority": priority,
-            "status": "queued",
-            "progress": 0,
-            "result": None,
-            "error": None,
-            "created_at": timestamp(utc_now()),
-            "started_at": None,
-            "finished_at": None,
-            "expires_at": None,
-        }
-
-    def find(self, task_id: str) -> Task | None:
-        """Return a task, or None if there is no such task or it has expired."""
-        self.expire()
-        return self._tasks.get(task_id)
+            raise UnavailableError("There are too many tasks.")
+        task = new_task(task_type, json_copy(parameters), priority)
+        task_id = task["task_id"]
+        due = now() + PRIORITY_LEVELS[priority] * self._settings.priority_step
+        # First the queue, which can be full, so that a refused task leaves no trace. No worker can
+        # take the entry before the task is in the dict, because there is no `await` in between.
+        try:
+            self._queue.put_nowait((due, next(self._sequence), task_id))
+        except asyncio.QueueFull:
+            raise UnavailableError("The queue is full.") from None
+        self._tasks[task_id] = task
+        self._changed_at[task_id] = now()
+        log.info("%s queued with priority %s", label(task), priority)
+        return task
 
     def get(self, task_id: str) -> Task:
-        """Return a task; raise TaskNotFoundError if there is none."""
-        task = self.find(task_id)
-        if task is None:
+        """Return a task; raise TaskNotFoundError."""
+        self.expire()
+        if task_id not in self._tasks:
             raise TaskNotFoundError(task_id)
-        return task
+        return self._tasks[task_id]
 
-    async def wait(self, task_id: str, since: Status | None = None) -> Task:
-        """Return a task when its status changes; raise TaskNotFoundError if there is none.
+    async def wait(self, task_id: str) -> Task:
+        """Return a task as soon as its status changes; raise TaskNotFoundError.
 
-        At once if the status is not `since`, if it is final, or if the server is stopping;
-        unchanged after `long_poll` seconds. The status that a client saw last is a cursor: if it
-        changes between two polls, the second one sees that and does not wait.
-        A client that hangs up ends nothing: its poll lasts until the change or the bound.
+        Return immediately if the status is final or the server is shutting down, and after
+        `long_poll` seconds in any case.
 
-        Two ways to sleep through the change, without R2:
+        There is no `await` between reading the status and registering the Event. And an Event is
+        never cleared: `_set_status` removes it from the dict and sets it. Otherwise a change can be
+        missed in one of two ways:
 
-            poller: reads "processing", then awaits something else
-            worker: says "completed"; there is no Event to set
-            poller: makes an Event and waits for the next change       <-- there is none
+            client: reads "processing", awaits something
+            worker: sets the status to "completed"; there is no Event to set
+            client: registers an Event and waits for it         <-- although the task has finished
 
-            poller: reads "processing", starts an asyncio task that is to wait for the Event
-            worker: says "completed", sets the Event, clears it for the next change
-            poller: that asyncio task takes its first step and waits   <-- in vain
+            client: reads "processing", schedules `event.wait()` as an asyncio task
+            worker: sets the status to "completed", sets the Event and clears it
+            client: the asyncio task starts to wait             <-- although the task has finished
         """
         task = self.get(task_id)
-        changed_already = since is not None and since != task["status"]
-        if changed_already or task["status"] in FINAL or not self._open:
+        if task["status"] in FINAL or not self._accepting:
             return task
-        # The same stretch in which the status was read: no `await` may ever come between.
         changed = self._changed.setdefault(task_id, asyncio.Event())
-        # Where the change and the time-out fall together, `wait_for` may report either. It does not
-        # matter: what is returned is the record as it is by then.
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), self._settings.long_poll)
-        return task  # not looked up again: it may have expired while the loop was busy
+        return task  # `get` could fail here, because the task can have expired in the meantime
 
-    def snapshot(self) -> list[str]:
-        """Return the ids of all tasks, in order of submission: see the section on the stream."""
-        return list(self._tasks)
+    def iterate(self, status: Status | None = None) -> Iterator[Task]:
+        """Yield the tasks with this status, or all tasks, in the order of their submission.
 
-    def health(self) -> Health:
-        """Return counts of tasks, places and workers; raise UnavailableError without workers."""
-        self._check_open()
-        self.expire()
-        return {
-            "status": "ok",
-            "tasks": self._counts.copy(),
-            "queue": {
-                "size": self._queue.qsize(),
-                "capacity": self._settings.queue_size,
-            },
-            "workers": {
-                "busy": self._busy,
-                "total": self._settings.workers,
-            },
-        }
+        The dict can change while the caller awaits something between two tasks. So this iterates
+        over a copy of the ids, and looks up each task when it is needed. Otherwise:
+
+            list:   sends some tasks, awaits a slow client
+            client: submits a task, which is added to the dict
+            list:   RuntimeError, dictionary changed size during iteration    <-- half a response
+        """
+        for task_id in list(self._tasks):
+            self.expire()
+            task = self._tasks.get(task_id)
+            if task is not None and status in (None, task["status"]):
+                yield task
 
     def cancel(self, task_id: str) -> Task:
-        """Cancel a task and return it; raise TaskNotFoundError or, too late, TaskFinishedError.
+        """Cancel a task and return it; raise TaskNotFoundError or TaskFinishedError.
 
-        A task that is cancelled already is returned as it is. Without R3:
-
-            client: DELETE; the asyncio task is cancelled, the client is told "cancelled"
-            work:   catches CancelledError, and returns a result all the same
-            work:   says "completed"                                   <-- two ends of one task
+        It is not an error if the task is already cancelled.
         """
         task = self.get(task_id)
-        if task["status"] in ("completed", "failed"):
-            raise TaskFinishedError(task)
-        if task["status"] == "queued":
-            self._queue.remove(task_id)
-        self._cancel(task)
+        match task["status"]:
+            case "completed" | "failed":
+                raise TaskFinishedError(task)
+            case "queued":
+                self._queue.remove(task_id)
+        self._stop(task, "cancelled")
         return task
 
-    def _cancel(self, task: Task) -> None:
-        """Mark a task as cancelled, then cancel its work (R3)."""
-        # Only once: a second time would interrupt the clean-up that the first has begun.
-        cancelled_now = self._change_status(task, "cancelled")
-        work = self._running.get(task["task_id"])
-        if cancelled_now and work is not None:
-            work.cancel()
+    def health(self) -> Health:
+        """Return the load of the server; raise UnavailableError if no workers are running."""
+        if not self._accepting:
+            raise UnavailableError("No workers are running.")
+        self.expire()
+        counts = Counter(task["status"] for task in self._tasks.values())
+        return {
+            "status": "ok",
+            "tasks": {status: counts[status] for status in TRANSITIONS},
+            "queue": {"size": self._queue.qsize(), "capacity": self._settings.queue_size},
+            "workers": {"busy": counts["processing"], "total": self._settings.workers},
+        }
 
-    # --- The workers ------------------------------------------------------------------------------
+    # --- How a status changes ---------------------------------------------------------------------
 
-    @asynccontextmanager
-    async def working(self) -> AsyncIterator[None]:
-        """Run the workers during the body of an `async with`; after it, every task is final."""
-        self._open = True
-        workers = []
-        for _ in range(self._settings.workers):
-            workers.append(asyncio.create_task(self._worker()))
-        supervisor = asyncio.create_task(self._supervise(workers))
-        try:
-            yield
-        finally:
-            await self._stop([supervisor, *workers])
-
-    async def _supervise(self, workers: list[AsyncioTask]) -> None:
-        """Wait for the workers, which never end by themselves; if one dies, log it and stop all.
-
-        `gather` waits for five endless workers, and not for five submitted tasks. If it did, then:
-
-            tasks:  four take 5 s, the fifth takes 30 s
-            gather: returns after 30 s
-            next:   five more tasks start; four places stood empty for 25 s  <-- the slowest rules
-        """
-        try:
-            await asyncio.gather(*workers)
-        except BaseException as exc:
-            # `gather` raises CancelledError when it is cancelled, which `_stop` does, or when one
-            # of its workers is, which nobody should do. `_stop` sets `_open` to False before.
-            if isinstance(exc, asyncio.CancelledError) and not self._open:
-                raise
-            log.critical("a worker died, so all stop", exc_info=True)
-        # The others must be stopped too: `gather` raises the first failure and lets them go on.
-        #
-        #   worker 1: dies; gather raises, nobody looks at the others any more
-        #   worker 2: takes the next task, and dies unseen               <-- /health says "ok"
-        await self._stop(workers)
-
-    async def _stop(self, asyncio_tasks: list[AsyncioTask]) -> None:
-        """Cancel every task, and the workers; wait for the end of all work, for some seconds."""
-        self._open = False
-        for task in self._tasks.values():
-            self._cancel(task)
-        # The entries of the cancelled tasks go with the old queue (R4), which is bound to this
-        # event loop: the app may be started again in another.
-        self._queue = TaskQueue(self._settings.queue_size)
-        for asyncio_task in asyncio_tasks:
-            asyncio_task.cancel()
-        # Work may clean up. What has not ended in time is abandoned.
-        ending = [*asyncio_tasks, *self._running.values()]
-        await asyncio.wait(ending, timeout=CANCEL_GRACE)
-
-    def stop_waiting(self) -> None:
-        """Answer all long polls now, and accept no more tasks: the server has been told to stop."""
-        self._open = False
-        for task_id in list(self._changed):
-            self._wake(task_id)
-
-    async def _worker(self) -> None:
-        """Take one task after the other, until cancelled.
-
-        CancelledError is not caught here, nor in `_run_task`. (A `finally` does not catch.) Else:
-
-            server: stops, cancels the worker, waits for its end
-            worker: catches CancelledError, believes that its task was cancelled, goes on
-            server: has waited 5 s in vain                             <-- the worker never ends
-        """
-        while True:
-            _, _, task_id = await self._queue.get()
-            # One stretch (R1), from where `get` takes the entry out to the first wait in
-            # `_run_task`. So a DELETE finds each task either in the queue or processing.
-            self._busy += 1
-            try:
-                await self._run_task(self._tasks[task_id])
-            finally:
-                self._busy -= 1
-
-    async def _run_task(self, task: Task) -> None:
-        """Have the work of one task done; return when it has ended, or has been given up (R5).
-
-        `await work` would raise CancelledError both when the work is cancelled (a DELETE) and when
-        this worker is (the stop), and could not tell which. `asyncio.wait` raises it only in the
-        second case; in the first it just returns, since the work has ended.
-        """
-        task_id = task["task_id"]
-        # Before `create_task`, since an eager asyncio task (Python 3.12) begins inside of that.
-        self._change_status(task, "processing")
-        work = asyncio.create_task(self._work(task))
-        # Here a DELETE and the stop find it to cancel it. And the event loop itself keeps only a
-        # weak reference: work that has been abandoned could be garbage-collected.
-        self._running[task_id] = work
-        work.add_done_callback(lambda _: self._running.pop(task_id))
-        await asyncio.wait({work}, timeout=self._settings.task_timeout)
-        if not work.done():
-            await self._time_out(task, work)
-        elif task["status"] not in FINAL:
-            # It has ended without a word: cancelled before its first step, and not by us (fact 2).
-            self._fail(task, asyncio.CancelledError("cancelled before its first step"))
-
-    async def _time_out(self, task: Task, work: AsyncioTask) -> None:
-        """Stop work that has used up its time, and abandon it if it does not end."""
-        # First mark, then cancel (R3). If a DELETE has cancelled it before, it is cleaning up, and
-        # is not cancelled again.
-        if self._change_status(task, "failed", error=TIMED_OUT):
-            work.cancel()
-        await asyncio.wait({work}, timeout=CANCEL_GRACE)
-        if not work.done():
-            log.warning("task %s: its work does not end, and is abandoned", task["task_id"])
-
-    async def _work(self, task: Task) -> None:
-        """Do the work of a task, and write into the record how it has ended."""
-        try:
-            result = await self._execute(
-                task["task_type"],
-                json_copy(task["parameters"]),  # a copy of its own, to do with as it likes (R6)
-                partial(self._report_progress, task),
-            )
-            result = json_copy(result, allow_nan=True)
-        except asyncio.CancelledError as exc:
-            # Who cancels a task marks its record first (R3). If it is not marked, nobody has: then
-            # something inside the work was cancelled, which is a fault and no cancellation.
-            if task["status"] not in FINAL:
-                self._fail(task, exc)
-            # Raised again, or this asyncio task would look as if it had ended normally.
-            raise
-        except BaseException as exc:  # noqa: BLE001 - `_fail` records and logs it
-            # Not only Exception: `sys.exit()` in some library would end the server, since asyncio
-            # lets SystemExit out of the event loop.
-            self._fail(task, exc)
-        else:
-            self._change_status(task, "completed", result=result)
-
-    async def _execute(
-        self,
-        task_type: str,
-        parameters: Parameters,
-        report: ReportProgress,
-    ) -> Any:
-        """Do a task's work and return its result, or raise TaskFailedError with the reason.
-
-        `parameters` are as the task's model has validated them. `report(percent)` tells progress;
-        it is not for other threads (R1).
-        This is the place for real work. What it must not do is block the event loop, for then
-        nobody else runs: what blocks goes through `await asyncio.to_thread(...)`. (To cancel that
-        ends the `await`, and not the thread.)
-        """
-        match task_type:
-            case "compute_sum":
-                await self._simulate(5, report)
-                return exact_sum(parameters["numbers"])
-            case "generate_report":
-                title = parameters["title"]
-                sections = parameters["sections"]
-                await self._simulate(5 * sections, report)
-                return f"{title}\nSections: {sections}"
-            case "simulate_failure":
-                await self._simulate(5, report)
-                raise TaskFailedError(parameters["message"])
-            case _:
-                # Without this case a type that was forgotten above would "complete" with None.
-                raise NotImplementedError(f"there is no work for {task_type!r}")
-
-    async def _simulate(self, seconds: float, report: ReportProgress) -> None:
-        """Take the time that real work would take, in ten steps."""
-        step = seconds * self._settings.time_scale / 10
-        for percent in range(0, 100, 10):
-            report(percent)
-            await asyncio.sleep(step)
-
-    def _report_progress(self, task: Task, percent: float) -> None:
-        """Set the progress of a task that is processing. It never falls; only the end sets 100."""
-        if task["status"] == "processing":
-            whole_percent = int(min(percent, 99))
-            task["progress"] = max(task["progress"], whole_percent)
-
-    def _fail(self, task: Task, exc: BaseException) -> None:
-        """Mark a task as failed by an exception, and log what the client is not told."""
-        try:
-            error = classify_failure(exc)
-        except BaseException:  # noqa: BLE001 - `str(exc)` may raise anything
-            error = INTERNAL_ERROR
-        self._change_status(task, "failed", error=error)
-        if error["code"] == "internal_error":
-            log.error("task %s: unexpected end\n%s", task["task_id"], traceback_text(exc))
-
-    # --- The status, and the end ------------------------------------------------------------------
-
-    def _change_status(
+    def _set_status(
         self, task: Task, status: Status, result: Any = None, error: TaskError | None = None
     ) -> bool:
-        """Change a status, with all that goes with it, and wake those who wait for it (R2).
+        """Change the status of a task and what depends on it, and wake the waiting clients.
 
-        Return False and change nothing if TRANSITIONS does not allow it: so a final task stays as
-        it is, whoever still wants to say something about it (R3).
+        This is the only place where a status changes. If TRANSITIONS doesn't allow the change,
+        return False and change nothing. So the status of a final task never changes again.
         """
         if status not in TRANSITIONS[task["status"]]:
             return False
-        self._counts[task["status"]] -= 1
-        self._counts[status] += 1
+        task_id = task["task_id"]
+        lasted = now() - self._changed_at.pop(task_id)
         task["status"] = status
-        match status:
-            case "processing":
-                task["started_at"] = timestamp(utc_now())
-            case "completed":
-                task["result"] = result
-                task["progress"] = 100
-            case "failed":
-                task["error"] = error
-            # "cancelled" has nothing more.
-        if status in FINAL:
-            self._keep_for_a_while(task)
-        self._wake(task["task_id"])
-        # A dict shows its strings as `repr` does, so that no line break in them forges a log line.
-        reason = f" {error}" if error else ""
-        log.info("task %s %s%s", task["task_id"], status, reason)
+        task["result"] = result
+        task["error"] = error
+        if status == "completed":
+            task["progress"] = 100
+        if status == "processing":
+            task["started_at"] = timestamp(utc_now())
+            self._changed_at[task_id] = now()
+        else:
+            retention = timedelta(seconds=self._settings.retention)
+            finished_at = utc_now()
+            task["finished_at"] = timestamp(finished_at)
+            task["expires_at"] = timestamp(finished_at + retention)
+            self._expiring.append((now() + retention.total_seconds(), task_id))
+        # Nobody waits for the new Event that is the default.
+        self._changed.pop(task_id, asyncio.Event()).set()
+        # `!r` quotes the message, so a line break in it doesn't start a new line in the log.
+        reason = f": {error['message']!r}" if error else ""
+        log.info("%s %s after %.1f s%s", label(task), status, lasted, reason)
         return True
 
-    def _wake(self, task_id: str) -> None:
-        """Let all go on who wait for a change of this task, and forget their Event (R2)."""
-        changed = self._changed.pop(task_id, None)
-        if changed is not None:
+    def stop_waiting(self) -> None:
+        """Wake all waiting clients and accept no more tasks: the server is shutting down."""
+        self._accepting = False
+        for changed in self._changed.values():
             changed.set()
-
-    def _keep_for_a_while(self, task: Task) -> None:
-        """Write down when a task has ended, and remember when to remove it."""
-        finished_at = utc_now()
-        retention = self._settings.retention
-        task["finished_at"] = timestamp(finished_at)
-        task["expires_at"] = timestamp(finished_at + timedelta(seconds=retention))
-        # The two above are for the client. The removal goes by the loop's clock, which nobody sets.
-        removal = now() + retention
-        self._finished.append((removal, task["task_id"]))
+        self._changed.clear()
 
     def expire(self) -> None:
-        """Remove the final tasks whose time has come.
+        """Remove the final tasks whose retention has ended.
 
-        Whoever reads calls it first, so that a task is gone at its `expires_at` and not up to
-        `cleanup_interval` seconds later.
+        Called before every read, so that a task disappears exactly at its `expires_at`, and by a
+        timer, so that memory is freed even if no client sends a request.
         """
-        moment = now()
-        while self._finished:
-            removal, task_id = self._finished[0]
-            if removal > moment:
-                break
-            self._finished.popleft()
+        while self._expiring and self._expiring[0][0] <= now():
+            _, task_id = self._expiring.popleft()
             task = self._tasks.pop(task_id)
-            self._counts[task["status"]] -= 1
-            log.info("task %s removed", task_id)
+            log.info("%s expired after %.1f s", label(task), self._settings.retention)
 
-    async def clean_up(self) -> None:
-        """Remove what has expired, though nobody asks; `async` because the timer awaits it."""
-        self.expire()
+    def _stop(self, task: Task, status: Status, error: TaskError | None = None) -> None:
+        """Stop a task: first change its status, then cancel its work.
+
+        In the other order, the work could still decide how the task ends:
+
+            client: sends DELETE; the work is cancelled, the response says "cancelled"
+            work:   catches CancelledError and returns a result
+            worker: sets the status to "completed"              <-- the response was wrong
+
+        The work is cancelled only once, by the call that changes the status. Another CancelledError
+        would interrupt the clean-up that the first one has started.
+        """
+        changed = self._set_status(task, status, error=error)
+        work = self._works.get(task["task_id"])
+        if changed and work is not None:
+            work.cancel()
+
+    # --- How the workers run a task ---------------------------------------------------------------
+
+    @asynccontextmanager
+    async def working(self) -> AsyncIterator[None]:
+        """Run the workers while the body of `async with` runs. After that, all tasks are final."""
+        # A queue belongs to the first event loop that waits for it, and an app can be started again
+        # in another one.
+        self._queue = TaskQueue(self._settings.queue_size)
+        started = asyncio.Event()
+        async with in_background(self._run_workers(started)):
+            # If the asyncio task was cancelled before it starts, its `finally` would not run.
+            await started.wait()
+            yield
+
+    async def _run_workers(self, started: asyncio.Event) -> None:
+        """Run the workers until this is cancelled or one of them fails, then stop everything."""
+        count = self._settings.workers
+        workers = [asyncio.create_task(self._worker()) for _ in range(count)]
+        self._accepting = True
+        started.set()
+        try:
+            # A worker never returns, so this waits until the server shuts down. Don't gather tasks
+            # instead, because a batch of tasks takes as long as its slowest one:
+            #
+            #     tasks:  four take 5 s, the fifth takes 30 s
+            #     gather: returns after 30 s            <-- four workers had nothing to do for 25 s
+            await asyncio.gather(*workers)
+        except Exception:
+            # A bug in this class. After the first exception, `gather` returns and the other workers
+            # go on. If they fail too, nobody notices, and new tasks are queued forever.
+            log.critical("a worker failed, so all workers stop", exc_info=True)
+        finally:
+            self._accepting = False
+            for task in self._tasks.values():
+                self._stop(task, "cancelled")
+            for worker in workers:
+                worker.cancel()
+            await asyncio.wait([*workers, *self._works.values()], timeout=GRACE)
+
+    async def _worker(self) -> None:
+        """Run one task after the other, until cancelled."""
+        while True:
+            _, _, task_id = await self._queue.get()
+            # There is no `await` before the status is "processing". So a DELETE finds every task
+            # either in the queue or being processed.
+            await self._run_task(self._tasks[task_id])
+
+    async def _run_task(self, task: Task) -> None:
+        """Start the work of a task, and wait until it has ended or is abandoned.
+
+        The work is an asyncio task of its own, so it can be cancelled without its worker. And
+        `asyncio.wait` raises CancelledError only if the worker itself is cancelled. `await work`
+        would also raise it if the work is cancelled, and the worker could not tell the difference:
+
+            client: sends DELETE, which cancels the work
+            worker: `await work` raises CancelledError; the worker catches it and goes on
+            server: shuts down, which cancels the worker
+            worker: `await work` raises CancelledError; the worker catches it and goes on
+            server: waits for the worker                        <-- forever
+        """
+        self._set_status(task, "processing")
+        work = asyncio.create_task(self._work(task))
+        # The dict also keeps the work alive, because the event loop has only weak references.
+        self._works[task["task_id"]] = work
+        work.add_done_callback(partial(self._finish, task))
+        await asyncio.wait({work}, timeout=self._settings.task_timeout)
+        if not work.done():
+            self._stop(task, "failed", TIMEOUT)
+            await asyncio.wait({work}, timeout=GRACE)
+        if not work.done():
+            log.warning("%s is abandoned, because it ignores its cancellation", label(task))
+
+    async def _work(self, task: Task) -> Any:
+        """Do the work of a task and return the result."""
+        parameters = json_copy(task["parameters"])
+        report = partial(self._report, task)
+        try:
+            return await self._execute(task["task_type"], parameters, report)
+        except (SystemExit, KeyboardInterrupt) as exc:
+            # asyncio lets these two out of the event loop, which would end the server, although a
+            # library that calls `sys.exit()` is enough to raise one of them.
+            raise RuntimeError(f"the work raised {type(exc).__name__}") from exc
+
+    def _report(self, task: Task, percent: float) -> None:
+        """Set the progress of a task. Ignore NaN, values that are too small, and late reports."""
+        if task["status"] == "processing" and percent > task["progress"]:
+            task["progress"] = int(min(percent, 99))
+
+    def _finish(self, task: Task, work: asyncio.Task[Any]) -> None:
+        """Store how the work of a task ended. The event loop calls this when it has ended."""
+        del self._works[task["task_id"]]
+        try:
+            result = json_copy(work.result())
+        except asyncio.CancelledError as exc:
+            # `_stop` changes the status before it cancels the work. If the task is not final,
+            # something else has cancelled the work, and that is a bug in the work.
+            if task["status"] not in FINAL:
+                self._fail(task, exc)
+        except BaseException as exc:  # noqa: BLE001  # work can raise anything
+            self._fail(task, exc)
+        else:
+            self._set_status(task, "completed", result=result)
+
+    def _fail(self, task: Task, exc: BaseException) -> None:
+        """Store why the work of a task failed, and log an exception that clients cannot see."""
+        try:
+            error = describe_failure(exc)
+        except BaseException:  # noqa: BLE001  # even `str(exc)` can raise anything
+            error = INTERNAL_ERROR
+        if error is INTERNAL_ERROR:
+            log.error("%s raised an unexpected exception", label(task), exc_info=exc)
+        self._set_status(task, "failed", error=error)
 
 
-def exact_sum(numbers: list[float]) -> float:
-    """Return the sum: of integers an integer, else a float that is correct to its last digit.
+def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task:
+    """Return a task that is about to be queued."""
+    return {
+        "task_id": str(uuid4()),
+        "task_type": task_type,
+        "parameters": parameters,
+        "priority": priority,
+        "status": "queued",
+        "progress": 0,
+        "result": None,
+        "error": None,
+        "created_at": timestamp(utc_now()),
+        "started_at": None,
+        "finished_at": None,
+        "expires_at": None,
+    }
 
-    A float is a fraction, so fractions add up exactly, in every order, and only the end is rounded.
-    (`math.fsum` does so too, but first makes a float of each integer, which rounds the large ones.)
-    """
-    if all(isinstance(number, int) for number in numbers):
-        return sum(numbers)
-    return float(sum(Fraction(number) for number in numbers))
 
-
-# ==================================================================================================
-# Models
+# === Models =======================================================================================
 #
-# Here the engine ends and the API begins. What passes these models is stored and sent out again to
-# anybody who asks, so their numbers are strict: pydantic would take `true` for 1 and "5" for 5, and
-# would let NaN through. It would also ignore a field that is misspelt.
+# Here the HTTP API begins. These models decide what clients can send. The server sends it back
+# later, so the models are strict: bounded strings refuse lone surrogates, and bounded numbers refuse
+# NaN. Unknown fields are an error, because a misspelt `priority` must not be ignored.
 #
-# A new type of task touches three places: its model with its example, the union below, and its
-# `case` in `TaskManager._execute`. A test fails if one of the three is forgotten.
-# ==================================================================================================
-
-LARGEST_NUMBER = 1e300  # a thousand of these still add up to a finite float
-
-Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
-BoundedFloat: TypeAlias = Annotated[float, Field(ge=-LARGEST_NUMBER, le=LARGEST_NUMBER)]
+# A new task type needs a model for its parameters, and one for its submission in `AnySubmission`.
 
 
-def finite_number(value: Any) -> Any:
-    """Return a number as it is, an integer or a float; raise PydanticCustomError for others."""
-    # A bool is an int to `isinstance`, and NaN is not <= anything.
-    if type(value) in (int, float) and abs(value) <= LARGEST_NUMBER:
+def check_number(value: Any) -> Any:
+    """Return a number of at most 1e300 unchanged; raise PydanticCustomError for anything else."""
+    # In Python, True is an integer. NaN is not smaller than anything.
+    if type(value) in (int, float) and abs(value) <= 1e300:
         return value
     raise PydanticCustomError("number", "Input should be a number from -1e300 to 1e300")
 
 
-def whole_number(value: Any) -> Any:
-    """Return 3 for 3.0, since JSON has one kind of number; leave all else to the next validator."""
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
+# `int | float` would accept strings, and report two errors for each wrong value.
+Number: TypeAlias = Annotated[float, PlainValidator(check_number, json_schema_input_type=float)]
+Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 
 
-# `int | float` with constraints would report two errors for one bad item, and point at the branches
-# of the union, which the client does not know of.
-Number: TypeAlias = Annotated[
-    BoundedFloat, PlainValidator(finite_number, json_schema_input_type=BoundedFloat)
-]
-SectionCount: TypeAlias = Annotated[
-    int, Field(strict=True, ge=1, le=6), BeforeValidator(whole_number)
-]
+class StrictModel(BaseModel, extra="forbid"):
+    """A model that refuses unknown fields."""
 
 
-class ClosedModel(BaseModel, extra="forbid", use_attribute_docstrings=True):
-    """The base of all that comes in: an unknown field is an error, or a typo would pass unseen."""
-
-
-class SubmissionBase(ClosedModel):
-    """What all submissions have in common."""
-
-    example: ClassVar[dict[str, Any]]  # each model has its own, which /docs shows and tests submit
-
-    priority: Priority = "normal"
-    """A higher one starts first, unless a lower one has waited long enough: 30 s a level."""
-
-
-class SumParameters(ClosedModel):
-    """The parameters of `compute_sum`."""
-
+class SumParameters(StrictModel):
     numbers: Annotated[list[Number], Field(min_length=1, max_length=1000)]
-    """What is added up: integers exactly, floats to the last digit."""
 
 
-class SumSubmission(SubmissionBase):
-    """Add up numbers. Takes 5 s; the result is the sum."""
+class ReportParameters(StrictModel):
+    title: Text
+    sections: Annotated[int, Field(strict=True, ge=1, le=6)] = 3
+
+
+class FailureParameters(StrictModel):
+    message: Text = "simulated failure"
+
+
+class BaseSubmission(StrictModel):
+    """The fields of all submissions, and the example that /docs shows."""
+
+    example: ClassVar[dict[str, Any]]
+    priority: Priority = "normal"
+
+
+class SumSubmission(BaseSubmission):
+    """Add numbers. This takes 5 s."""
 
     example = {"task_type": "compute_sum", "parameters": {"numbers": [1, 2, 3.5]}}
-
     task_type: Literal["compute_sum"]
     parameters: SumParameters
 
 
-class ReportParameters(ClosedModel):
-    """The parameters of `generate_report`."""
-
-    title: Text
-    """Stands in the first line of the report."""
-
-    sections: SectionCount = 3
-    """How many sections the report has; each takes 5 s."""
-
-
-class ReportSubmission(SubmissionBase):
-    """Write a report. Takes 5 s a section; the result is one string that contains the title."""
+class ReportSubmission(BaseSubmission):
+    """Write a report. This takes 5 s for each section."""
 
     example = {"task_type": "generate_report", "parameters": {"title": "Figures", "sections": 2}}
-
     task_type: Literal["generate_report"]
     parameters: ReportParameters
 
 
-class FailureParameters(ClosedModel):
-    """The parameters of `simulate_failure`."""
+class FailureSubmission(BaseSubmission):
+    """Fail after 5 s."""
 
-    message: Text = "simulated failure"
-    """What `error.message` will be."""
-
-
-class FailureSubmission(SubmissionBase):
-    """Fail after 5 s, with the code `task_failed`. The `parameters` may be left out."""
-
-    example = {"task_type": "simulate_failure", "priority": "high"}
-
+    example = {"task_type": "simulate_failure"}
     task_type: Literal["simulate_failure"]
-    parameters: FailureParameters = Field(default_factory=FailureParameters)
+    parameters: FailureParameters = FailureParameters()
 
 
 AnySubmission: TypeAlias = SumSubmission | ReportSubmission | FailureSubmission
-SUBMISSION_MODELS: tuple[type[SubmissionBase], ...] = get_args(AnySubmission)
-TASK_TYPES = [model.example["task_type"] for model in SUBMISSION_MODELS]
 EXAMPLES: dict[str, Any] = {
-    model.example["task_type"]: {"summary": model.__doc__, "value": model.example}
-    for model in SUBMISSION_MODELS
+    model.example["task_type"]: {"value": model.example} for model in get_args(AnySubmission)
 }
 Submission: TypeAlias = Annotated[
     AnySubmission, Body(discriminator="task_type", openapi_examples=EXAMPLES)
 ]
 
 
-class NoQuery(ClosedModel):
-    """The query of a request that has none: declared, so that an unknown parameter is refused."""
-
-
-class PollQuery(ClosedModel):
-    """The query of a poll."""
-
+class PollQuery(StrictModel):
     wait: bool = False
-    """Hold the answer until the status changes, for 10 seconds at most; then the task is answered
-    as it is. A task that has ended is answered at once. Your own time-out should be longer."""
-
-    since: Status | None = None
-    """With `wait`: the status that you saw last. If the task has another one by now, the answer
-    comes at once, so that no change between two polls is lost."""
 
 
-class ListQuery(ClosedModel):
-    """The query of a list."""
-
+class ListQuery(StrictModel):
     status: Status | None = None
-    """Only the tasks with this status."""
-
-    limit: Annotated[int | None, Field(ge=1)] = None
-    """How many tasks at most; all of them if it is left out."""
+    limit: Annotated[int, Field(ge=1)] | None = None
 
 
-NoQueryArguments: TypeAlias = Annotated[NoQuery, Query()]
-PollArguments: TypeAlias = Annotated[PollQuery, Query()]
-ListArguments: TypeAlias = Annotated[ListQuery, Query()]
-
-
-@documented
 class Accepted(TypedDict):
-    """A task has been queued."""
-
-    task_id: TaskId
-    """Poll the task at `/tasks/{task_id}`, which is in `Location` too."""
-
+    task_id: str
     status: Literal["queued"]
-    """Always `queued`; give it as `since` in the first poll."""
 
 
-@documented
-class InvalidItem(TypedDict):
-    """One thing that is wrong with a request."""
-
-    detail: str
-    """What is wrong, for a person to read."""
-
-    pointer: str
-    """Where: a JSON pointer into the body, as a URI fragment (`#/parameters/numbers/1`), or the
-    name of the parameter."""
-
-
-@documented
 class Problem(TypedDict):
-    """An error (RFC 9457)."""
+    """An error (RFC 9457).
+
+    If the request is invalid, each of the `errors` has a `detail` and a `pointer`: a JSON pointer
+    into the body (RFC 6901), or the name of a parameter. If a task cannot be cancelled, because it
+    has completed or failed, `task` is the task.
+    """
 
     type: Literal["about:blank"]
-    """Always `about:blank`: `status` says what kind of error it is."""
-
     title: str
-    """The status in words."""
-
     status: int
-    """The HTTP status."""
-
     detail: str
-    """What went wrong, for a person to read."""
-
-    errors: NotRequired[list[InvalidItem]]
-    """With 400: what is wrong with the request, ten things at most."""
-
+    errors: NotRequired[list[dict[Literal["detail", "pointer"], str]]]
     task: NotRequired[Task]
-    """With 409: the task, which has completed or failed."""
 
 
-# ==================================================================================================
-# Problems
-#
-# Every error answer is made by `problem`, and has one shape. `handle_error` decides which exception
-# becomes which; it says where a request is wrong, and never repeats at length what was in it.
-# ==================================================================================================
+# === Errors in HTTP ===============================================================================
 
 PROBLEM_JSON = "application/problem+json"
-INVALID = "The request is not valid."
-NOT_FOUND = "There is no such task. It may have expired."
-NO_STORE = {"Cache-Control": "no-store"}  # a status is out of date a second later
-
-JsonObject: TypeAlias = dict[str, Any]
-Fields: TypeAlias = Mapping[str, str]
-NO_FIELDS: Fields = {}
+NO_STORE = {"Cache-Control": "no-store"}  # because the status of a task can change at any time
 
 
-def encode(value: Any) -> bytes:
-    """Return `value` as JSON."""
-    return to_json(value, inf_nan_mode="null")
+def problem(
+    status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any
+) -> JSONResponse:
+    """Return an error response; `members` are the optional members of `Problem`."""
+    title = http.client.responses.get(status, "Error")
+    content = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    return JSONResponse(content | members, status, NO_STORE | dict(headers or {}), PROBLEM_JSON)
 
 
-def problem_body(status: int, detail: str, **members: Any) -> JsonObject:
-    """Return a problem document (RFC 9457); `members` are further ones of `Problem`."""
-    return {
-        "type": "about:blank",
-        "title": HTTPStatus(status).phrase,
-        "status": status,
-        "detail": detail,
-        **members,
-    }
+def retry_after(seconds: int) -> dict[str, str]:
+    """Return a Retry-After header (RFC 9110, section 10.2.3), with at least 1 s."""
+    # uvicorn closes a connection that was idle for 5 s. A client that sends its next request after
+    # exactly 5 s would often meet the closing connection.
+    if seconds == 5:
+        seconds = 6
+    return {"Retry-After": str(max(1, seconds))}
 
 
-def problem(status: int, detail: str, headers: Fields = NO_FIELDS, **members: Any) -> Response:
-    """Return an error answer; `headers` are further fields, `members` as in `problem_body`."""
-    body = encode(problem_body(status, detail, **members))
-    return Response(body, status, {**NO_STORE, **headers}, PROBLEM_JSON)
+def invalid_item(error: Mapping[str, Any]) -> dict[str, str]:
+    """Convert an error of pydantic, without the value that the client has sent."""
+    # For example ("query", "limit") or ("body", "compute_sum", "parameters", "numbers", 1). The
+    # second item of a location in the body is the task type, which is not a key of the body.
+    source, *path = error["loc"]
+    detail = error["msg"]
+    match error["type"]:
+        case "union_tag_invalid" | "union_tag_not_found" if not path:
+            path = ["body", "task_type"]
+            detail = f"Input should be one of {', '.join(EXAMPLES)}"
+        case "json_invalid":
+            detail = f"Malformed JSON at character {path[0]}: {error['ctx']['error']}"
+        case "model_type" | "model_attributes_type":
+            detail = "Input should be an object, sent as application/json"
+    if source == "body":
+        keys = [str(key).replace("~", "~0").replace("/", "~1") for key in path[1:]]
+        pointer = "".join(f"/{key}" for key in keys)
+    else:
+        pointer = str(path[-1])
+    # Both can contain keys of the client, of any length.
+    return {"detail": printable(detail, 200), "pointer": printable(pointer, 200)}
 
 
-def json_pointer(path: list[int | str]) -> str:
-    """Return the pointer to a place in the body, as a URI fragment (RFC 6901, section 6)."""
-    fragment = "#"
-    for key in path:
-        escaped = short(key).replace("~", "~0").replace("/", "~1")
-        fragment += "/" + quote(escaped, safe="")
-    return fragment
-
-
-def short(key: int | str) -> str:
-    """Return a key fit to be shown: it may be the client's own, of any length."""
-    return str(key)[:50]
-
-
-def invalid_item(error: Mapping[str, Any]) -> InvalidItem:
-    """Translate an error of pydantic's, without `input` and `ctx`, which hold what was sent."""
-    kind = error["type"]
-    # For example "body", then "compute_sum" (the tag of the union), "parameters", "numbers", 1.
-    place, *path = error["loc"]
-    detail = error["msg"][:200]
-    if kind.startswith("union_tag") and not path:
-        # Pydantic would repeat the unknown tag, at any length.
-        detail = f"Input should be one of {', '.join(TASK_TYPES)}"
-        return {"detail": detail, "pointer": "#/task_type"}
-    if kind.startswith("model"):
-        # Pydantic would name our class.
-        detail = "Input should be an object"
-        if not path:
-            detail += " sent as application/json"
-    if place != "body":
-        return {"detail": detail, "pointer": short(path[-1])}
-    # Without the tag, which is not in the body.
-    return {"detail": detail, "pointer": json_pointer(path[1:])}
-
-
-def allowed_methods(request: Request) -> str:
-    """Return the methods of the request's path, for `Allow` (RFC 9110, section 10.2.1).
-
-    Starlette's own 405 names those of the first route that fits the path, and there may be two.
-    """
-    methods: set[str] = set()
-    for route in request.app.routes:
-        if route.matches(request.scope)[0] != Match.NONE:
-            methods |= getattr(route, "methods", set())  # a Mount has none
-    if "GET" in methods:
-        methods.add("HEAD")
-    return ", ".join(sorted(methods))
-
-
-# `async` although it awaits nothing: a plain function would be run in a thread, against R1.
-async def handle_error(request: Request, exc: Exception) -> Response:
-    """Return the answer to a request that has raised an exception."""
+# This is `async` although it awaits nothing, because other functions would run in a thread.
+async def handle_error(_: Request, exc: Exception) -> Response:
+    """Return the response for an exception that a route has raised."""
     match exc:
         case RequestValidationError():
-            # Not pydantic's ValidationError: that one would be a fault of our own code, so a 500.
+            # A ValidationError of pydantic would be a bug in this file, so it is a 500.
             items = [invalid_item(error) for error in exc.errors()[:10]]
-            return problem(400, INVALID, errors=items)
-        case HTTPException(status_code=400, detail=detail):
-            return problem(400, INVALID, errors=[{"detail": detail, "pointer": "#"}])
-        case HTTPException(status_code=405):
-            allow = {"Allow": allowed_methods(request)}
-            return problem(405, "This path has other methods: see Allow.", allow)
+        case HTTPException(status_code=400):
+            items = [{"detail": str(exc.detail), "pointer": ""}]
+        case InvalidJsonError():
+            items = [{"detail": str(exc), "pointer": "/parameters"}]
         case HTTPException():
-            return problem(exc.status_code, str(exc.detail), exc.headers or NO_FIELDS)
-        case InvalidParametersError():
-            item = {"detail": str(exc), "pointer": "#/parameters"}
-            return problem(400, INVALID, errors=[item])
+            return problem(exc.status_code, str(exc.detail), exc.headers)
         case TaskNotFoundError():
-            return problem(404, NOT_FOUND)
-        case TaskFinishedError(task=task):
-            return problem(409, f"The task has already {task['status']}.", task=task)
-        case UnavailableError(retry_after=None):
-            return problem(503, str(exc))
-        case UnavailableError(retry_after=seconds):
-            return problem(503, str(exc), {"Retry-After": str(seconds)})
+            return problem(404, "There is no such task. It may have expired.")
+        case TaskFinishedError():
+            return problem(409, str(exc), task=exc.task)
+        case UnavailableError():
+            return problem(503, str(exc), retry_after(10))
         case _:
-            return problem(500, "The server failed.")  # uvicorn logs the traceback
+            return problem(500, "The server failed.")  # uvicorn logs the exception
+    return problem(400, "The request is invalid.", errors=items)
 
 
-class JsonRequest(Request):
-    """A request whose body is parsed by pydantic's parser in place of `json.loads`.
-
-    `json.loads` takes more than can be sent out again: UTF-16, and halves of surrogate pairs. And
-    from Python 3.14 on it takes any depth: then a body of 60,000 opening brackets holds up the loop
-    for a fifth of a second.
-    """
-
-    async def json(self) -> Any:
-        """Return the parsed body (RFC 8259, and NaN, which the models refuse); or HTTPException."""
-        body = await self.body()
-        try:
-            return from_json(body.removeprefix(b"\xef\xbb\xbf"))  # a byte order mark of Windows
-        except ValueError as exc:
-            raise HTTPException(400, f"Malformed JSON: {exc}") from None
-
-
-class JsonRoute(APIRoute):
-    """A route that reads a JsonRequest, in the way that FastAPI provides for that."""
-
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        """Return the handler of a request."""
-        handler = super().get_route_handler()
-
-        async def json_handler(request: Request) -> Response:
-            return await handler(JsonRequest(request.scope, request.receive))
-
-        return json_handler
-
-
-# ==================================================================================================
-# Middleware
+# === Middleware ===================================================================================
 #
-# What has to happen around FastAPI. HEAD becomes GET; the two limits come before anybody reads a
-# body. The rate limit as a FastAPI dependency would be too late:
+# An ASGI middleware is called with a description of the request (the scope), a function that
+# receives the body, and a function that sends the response. It calls the next application with the
+# same three, or with its own versions of them. The rate limit is a middleware, because a dependency
+# of FastAPI would be called too late:
 #
-#   client:  POST /tasks with a malformed body
-#   FastAPI: reads the body, parses it, answers 400
-#   FastAPI: would now call the dependency that counts       <-- never does: bad requests are free
+#     client:  sends POST /tasks with a malformed body
+#     FastAPI: reads and parses the body, responds with 400
+#     FastAPI: does not call the dependency                <-- malformed requests are not counted
 #
-# A dependency is not called for 404 and 405 either. Therefore these are ASGI middleware: objects
-# that are called with the scope (a dict that describes the request), a function to receive the body
-# and one to send the answer, and that call the next object with the same three, or others.
-# ==================================================================================================
+# The middleware that was added last is called first. So if you add CORSMiddleware to the app,
+# preflight requests are not counted, and a browser can read the refusals of the middleware below.
 
-FREE_PATHS = frozenset({"/", "/docs", "/redoc", "/openapi.json", "/health"})  # not limited
-
-
-class HeadMiddleware:
-    """Answers HEAD as GET is answered (RFC 9110, section 9.3.2).
-
-    The server leaves out the body: it goes by its own scope, which still says HEAD.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Hand a HEAD on as a GET."""
-        if scope["type"] == "http" and scope["method"] == "HEAD":
-            scope = {**scope, "method": "GET"}
-        await self._app(scope, receive, send)
+FREE_PATHS = ("/", "/docs", "/redoc", "/openapi.json", "/health", "/favicon.ico")  # not limited
 
 
 class RateLimitMiddleware:
-    """Counts requests by address, refuses what is too much, and tells each client what it has left.
-
-    The header fields RateLimit and RateLimit-Policy are those of the IETF's draft
-    draft-ietf-httpapi-ratelimit-headers.
-    """
+    """Limits the requests of each client, and tells it how many are left."""
 
     def __init__(self, app: ASGIApp, limiter: RateLimiter) -> None:
         self._app = app
         self._limiter = limiter
+        # The format is that of draft-ietf-httpapi-ratelimit-headers.
         self._policy = f'"default";q={limiter.limit};w={limiter.window}'
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it with 429."""
-        if scope["type"] != "http" or path_of(scope) in FREE_PATHS:
+        """Call the application, or respond with 429."""
+        path = scope.get("path", "").removeprefix(root_path(scope))
+        if scope["type"] != "http" or path in FREE_PATHS:
             await self._app(scope, receive, send)
             return
-        # The peer's address, as uvicorn gives it. X-Forwarded-For is not read here: anybody can
-        # send it. uvicorn reads it where the peer is a proxy that it has been told to trust.
-        host, _ = scope.get("client") or ("", 0)
-        key = client_key(host)
+        # The address of the peer. The header X-Forwarded-For is not read here, because every client
+        # can send it. uvicorn reads it if it was told to trust the peer.
+        host, _ = scope["client"] or ("", 0)
+        client = client_key(host)
 
-        # The answer goes out through `send`, its header fields in the first message.
-        async def send_with_fields(message: Message) -> None:
+        async def send_with_headers(message: Message) -> None:
+            # The quota can have changed since the request, because a long poll responds late.
             if message["type"] == "http.response.start":
-                await self._add_fields(MutableHeaders(scope=message), key)
+                left, seconds = await self._limiter.quota(client)
+                headers = MutableHeaders(scope=message)
+                headers["RateLimit-Policy"] = self._policy
+                headers["RateLimit"] = f'"default";r={left};t={seconds}'
+                headers.update(NO_STORE)
             await send(message)
 
-        retry_after = await self._limiter.hit(key)
-        if retry_after == 0:
-            await self._app(scope, receive, send_with_fields)
+        if await self._limiter.hit(client):
+            await self._app(scope, receive, send_with_headers)
         else:
-            headers = {"Retry-After": str(retry_after)}
-            refusal = problem(429, f"Try again in {retry_after} s.", headers)
-            await refusal(scope, receive, send_with_fields)
-
-    async def _add_fields(self, headers: MutableHeaders, key: str) -> None:
-        """Add the limit's fields as they are when the answer starts; a long poll starts it late."""
-        left, reset = await self._limiter.quota(key)
-        headers.append("RateLimit-Policy", self._policy)
-        headers.append("RateLimit", f'"default";r={left};t={reset}')
-        # A client that comes back after a 503 shall not run into a 429. (A date is left as it is.)
-        retry_after = headers.get("Retry-After", "")
-        if left == 0 and retry_after.isdecimal():
-            headers["Retry-After"] = str(max(reset, int(retry_after)))
+            _, seconds = await self._limiter.quota(client)
+            refusal = problem(429, f"Try again in {seconds} s.", retry_after(seconds))
+            await refusal(scope, receive, send_with_headers)
 
 
-def path_of(scope: Scope) -> str:
-    """Return the path of a request without the prefix under which a proxy or mount has put us."""
-    path: str = scope["path"]
-    rest = path.removeprefix(scope.get("root_path", ""))
-    return rest if rest.startswith("/") else path
+def root_path(scope: Scope) -> str:
+    """Return the prefix under which a proxy or a mount serves this app, such as /api."""
+    return str(scope.get("root_path", "")).rstrip("/")
 
 
-@lru_cache(maxsize=256)  # to parse an address takes longer than all the rest of the counting
+@lru_cache(maxsize=1000)  # because parsing an address takes longer than counting a request
 def client_key(host: str) -> str:
-    """Return the limiter's key for the address of a client."""
+    """Return the name under which the requests of an address are counted."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:
-        return "unknown"  # a unix socket, or what a proxy made up: one bucket for all of them
+        return "unknown"  # a Unix socket, or a wrong header of a trusted proxy
     if isinstance(address, ipaddress.IPv4Address):
-        return str(address)
+        return host
     if address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
-    # A client that has one IPv6 address has the whole /64, and could take another for each request.
+    # An IPv6 client usually has a whole /64 network, so it could often change its address.
     return str(ipaddress.IPv6Network((address, 64), strict=False))
 
 
 class BodyLimitMiddleware:
-    """Bounds the body of a request: without a bound, one of 200 MB is 200 MB of memory."""
+    """Refuses bodies that are too large, because uvicorn would keep them in memory."""
 
     def __init__(self, app: ASGIApp, max_body: int) -> None:
         self._app = app
         self._max_body = max_body
-        self._detail = f"The body is longer than {max_body} bytes."
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on; answer 413 at once if it declares a body that is too long."""
-        if scope["type"] != "http":
+        """Call the application with a `receive` that raises HTTPException."""
+        if scope["type"] != "http" or scope["method"] == "GET":
             await self._app(scope, receive, send)
             return
-        if self._declares_too_much(Headers(scope=scope)):
-            # Nothing has been received yet. The first `receive` would make uvicorn tell a client
-            # that asks with `Expect: 100-continue` to send it all.
-            await problem(413, self._detail)(scope, receive, send)
-        elif scope["method"] == "GET":
-            # The body of a GET is not read. A stream calls `receive` too, but only to learn that
-            # its client has left, and an answer that has begun cannot become a 413.
-            await self._app(scope, receive, send)
-        else:
-            await self._app(scope, self._bounded(receive), send)
-
-    def _declares_too_much(self, headers: Headers) -> bool:
-        """Return whether the Content-Length is too large; one that is no number says nothing."""
-        try:
-            return int(headers.get("Content-Length", "0")) > self._max_body
-        except ValueError:
-            return False
-
-    def _bounded(self, receive: Receive) -> Receive:
-        """Wrap `receive` so that it raises HTTPException(413) for a body that grows too long."""
+        too_large = f"The body is larger than {self._max_body} bytes."
+        declared = Headers(scope=scope).get("Content-Length", "")
+        if declared.isdecimal() and float(declared) > self._max_body:
+            await problem(413, too_large)(scope, receive, send)
+            return
         size = 0
 
-        async def bounded_receive() -> Message:
+        async def limited_receive() -> Message:
+            # A chunked body has no declared length. FastAPI passes an HTTPException on, but would
+            # respond to any other exception with 400.
             nonlocal size
             message = await receive()
-            size += len(message.get("body", b""))
+            body = message.get("body", b"")
+            size += len(body)
             if size > self._max_body:
-                raise HTTPException(413, self._detail)  # FastAPI makes a 400 of any other exception
+                raise HTTPException(413, too_large)
+            # Python's JSON parser would accept UTF-16, but RFC 8259 allows only UTF-8.
+            if b"\0" in body:
+                raise HTTPException(400, "The body should be JSON in UTF-8.")
             return message
 
-        return bounded_receive
+        await self._app(scope, limited_receive, send)
 
 
-# ==================================================================================================
-# Stream
-#
-# The list of tasks is sent while it is made, so a long one needs no more memory than a short one,
-# and others get their turn in between. While they run, tasks change, come and go. Therefore the
-# stream goes through a snapshot. Without it:
-#
-#   stream:  is at the third item of the dict, waits for a slow client
-#   request: submits a task, which grows the dict
-#   stream:  RuntimeError, dictionary changed size during iteration     <-- after a 200, in mid-list
-#
-# The snapshot has ids only, and each record is looked up when its line is written. So the line says
-# what is true then, and a task that has expired meanwhile is left out.
-# ==================================================================================================
-
-CHUNK_BYTES = 65_536  # sent at once, more or less
-CHUNK_TASKS = 200  # looked at, before others get their turn
+# === Stream =======================================================================================
 
 
-async def stream_tasks(
-    manager: TaskManager, status: Status | None, limit: int | None
-) -> AsyncIterator[bytes]:
-    """Yield the tasks with `status` (None: any), `limit` at most, as a JSON array, one a line."""
+async def stream_tasks(tasks: Iterator[Task], limit: int | None) -> AsyncIterator[bytes]:
+    """Yield at most `limit` tasks as a JSON array, with one task on each line."""
     chunk = bytearray(b"[")
     separator = b"\n"
-    written = 0
-    for looked_at, task_id in enumerate(manager.snapshot(), start=1):
-        task = manager.find(task_id)
-        if task is not None and status in (None, task["status"]):
-            chunk += separator + encode(task)
-            separator = b",\n"
-            written += 1
-        if written == limit:
+    for number, task in enumerate(tasks, start=1):
+        chunk += separator + to_json(task)
+        separator = b",\n"
+        if number == limit:
             break
-        if len(chunk) > CHUNK_BYTES or looked_at % CHUNK_TASKS == 0:
-            if chunk:  # empty if nothing has matched the filter
-                yield bytes(chunk)
-                chunk.clear()
-            # To send a chunk need not wait, so this does: others get a turn.
+        # Single tasks would be slow to send. All tasks at once would block the other clients.
+        if number % 100 == 0:
+            yield bytes(chunk)
+            chunk.clear()
+            # Sending a chunk doesn't always wait, but `sleep` always switches.
             await asyncio.sleep(0)
-    yield bytes(chunk) + (b"\n]\n" if written else b"]\n")
+    yield bytes(chunk) + b"\n]\n"
 
 
-# ==================================================================================================
-# OpenAPI
-#
-# What /docs and generated clients are told of the answers: data, to be skipped at first. FastAPI
-# finds out by itself what the routes take, but not what they answer, since they make their answers
-# themselves.
-# ==================================================================================================
+# === App ==========================================================================================
 
-LIMIT_FIELDS: JsonObject = {
-    "RateLimit": {
-        "description": '`"default";r=7;t=42`: you have 7 requests left; in 42 s there is one more.',
-        "schema": {"type": "string"},
-    },
-    "RateLimit-Policy": {
-        "description": '`"default";q=10;w=60`: you have 10 requests in any 60 seconds.',
-        "schema": {"type": "string"},
-    },
+DESCRIPTION = """\
+Submit a task, then poll it until its status is `completed`, `failed` or `cancelled`.
+
+Each client can send 10 requests a minute: the header `RateLimit` says how many are left, and
+`Retry-After` how many seconds to wait. An unknown field or query parameter is an error. A finished
+task can be read for 10 minutes.
+"""
+
+ERRORS = {
+    400: "The request is invalid. `errors` says why.",
+    404: "There is no such task, or it has expired.",
+    409: "The task has already completed or failed.",
+    413: "The body is too large.",
+    429: "There were too many requests. `Retry-After` says how many seconds to wait.",
+    503: "The queue is full, or no workers are running. Try again after `Retry-After` seconds.",
 }
-RETRY_FIELD: JsonObject = {
-    "Retry-After": {
-        "description": "In how many seconds to try again, if that is known.",
-        "schema": {"type": "integer", "minimum": 1},
-    },
-}
-LOCATION_FIELD: JsonObject = {
-    "Location": {
-        "description": "The path of the task.",
-        "schema": {"type": "string"},
-    },
-}
-EXAMPLE_TASK: Task = {
-    "task_id": "2667d366-af2b-4988-974f-cba005fa3340",
-    "task_type": "compute_sum",
-    "parameters": {"numbers": [1, 2, 3.5]},
-    "priority": "normal",
-    "status": "completed",
-    "progress": 100,
-    "result": 6.5,
-    "error": None,
-    "created_at": "2026-01-01T12:00:00.000000Z",
-    "started_at": "2026-01-01T12:00:00.004213Z",
-    "finished_at": "2026-01-01T12:00:05.011307Z",
-    "expires_at": "2026-01-01T12:10:05.011307Z",
-}
-EXAMPLE_CANCELLED = {**EXAMPLE_TASK, "status": "cancelled", "progress": 40, "result": None}
-EXAMPLE_HEALTH: Health = {
-    "status": "ok",
-    "tasks": {"queued": 3, "processing": 5, "completed": 40, "failed": 1, "cancelled": 2},
-    "queue": {"size": 3, "capacity": 100},
-    "workers": {"busy": 5, "total": 5},
-}
-EXAMPLE_ITEM = {"detail": "Extra inputs are not permitted", "pointer": "dry_run"}
-
-# An example of each error; "default" stands for those that have no entry here.
-EXAMPLE_PROBLEMS: Mapping[str, JsonObject] = {
-    "400": problem_body(400, INVALID, errors=[EXAMPLE_ITEM]),
-    "404": problem_body(404, NOT_FOUND),
-    "409": problem_body(409, "The task has already completed.", task=EXAMPLE_TASK),
-    "413": problem_body(413, "The body is longer than 65536 bytes."),
-    "429": problem_body(429, "Try again in 42 s."),
-    "503": problem_body(503, "No tasks are accepted now."),
-    "default": problem_body(500, "The server failed."),
-}
-SCHEMAS = "#/components/schemas/"
+PROBLEM_CONTENT = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+# With "default", FastAPI doesn't document its own 422. With `model`, it documents the schema.
+OTHER_ERRORS = {"model": Problem, "content": PROBLEM_CONTENT, "description": "Any other error."}
 
 
-def answer_with(schema: JsonObject, media_type: str = "application/json") -> JsonObject:
-    """Return what a route declares of one of its answers.
-
-    FastAPI would make this of `{"model": Task}`, but always as `application/json`, and would build
-    a validator for each, which nobody needs.
-    """
-    return {"content": {media_type: {"schema": schema}}}
-
-
-ACCEPTED = answer_with({"$ref": SCHEMAS + "Accepted"})
-ONE_TASK = answer_with({"$ref": SCHEMAS + "Task"})
-TASK_LIST = answer_with({"type": "array", "items": {"$ref": SCHEMAS + "Task"}})
-HEALTH = answer_with({"$ref": SCHEMAS + "Health"})
-REFUSAL = answer_with({"$ref": SCHEMAS + "Problem"}, PROBLEM_JSON)
-
-# All routes have these. Without a `default` FastAPI would document a 422 of its own.
-COMMON_REFUSALS: dict[int | str, JsonObject] = {
-    400: REFUSAL,
-    "default": REFUSAL,
-}
-
-
-def complete_document(document: JsonObject) -> None:
-    """Add to the OpenAPI document what FastAPI cannot be told by declarations."""
-    answers = TypeAdapter[Any](Accepted | Task | Health | Problem)
-    schemas = answers.json_schema(ref_template=SCHEMAS + "{model}")["$defs"]
-    schemas["Task"]["example"] = EXAMPLE_TASK
-    schemas["Health"]["example"] = EXAMPLE_HEALTH
-    document["components"]["schemas"] |= schemas
-    for path, operations in document["paths"].items():
-        for operation in operations.values():
-            for status, answer in operation["responses"].items():
-                complete_answer(answer, status, limited=path not in FREE_PATHS)
-            # The example of the schema is a completed task, which a DELETE never answers.
-            if operation["operationId"] == "cancel_task":
-                cancelled = operation["responses"]["200"]
-                cancelled["content"]["application/json"]["example"] = EXAMPLE_CANCELLED
-    document["security"] = []  # nobody needs a key
-
-
-def complete_answer(answer: JsonObject, status: str, *, limited: bool) -> None:
-    """Add the header fields of an answer, and the example of an error."""
-    fields: JsonObject = {}
-    if limited:
-        fields |= LIMIT_FIELDS
-        if status in ("429", "503"):
-            fields |= RETRY_FIELD
-    if status == "202":
-        fields |= LOCATION_FIELD
-    answer["headers"] = fields
-    content = answer.get("content", {})
-    if PROBLEM_JSON in content and status in EXAMPLE_PROBLEMS:
-        content[PROBLEM_JSON]["example"] = EXAMPLE_PROBLEMS[status]
-
-
-# ==================================================================================================
-# Routes
-#
-# They translate: a request into a call of the manager, and what it returns into an answer. What the
-# manager raises goes past them to `handle_error`. Answers are not validated: mypy has checked them.
-# ==================================================================================================
-
-
-def json_answer(value: Any, status: int = 200) -> Response:
-    """Return `value` as a JSON answer that nobody may cache."""
-    return Response(encode(value), status, NO_STORE, "application/json")
-
-
-def root_of(request: Request) -> str:
-    """Return the prefix under which a proxy or a mount has put this app, fit for a URL."""
-    prefix = request.scope.get("root_path", "").strip("/")
-    return "/" + quote(prefix) if prefix else ""
+def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the documentation of the errors of a route."""
+    return {
+        status: {"content": PROBLEM_CONTENT, "description": ERRORS[status]} for status in statuses
+    }
 
 
 def add_routes(app: FastAPI, manager: TaskManager) -> None:
-    """Give `app` its routes."""
+    """Add the routes to an app. Each of them converts a request into a call of the manager."""
 
     @app.post(
         "/tasks",
         status_code=202,
-        responses={202: ACCEPTED, 413: REFUSAL, 429: REFUSAL, 503: REFUSAL},
+        response_description="The id.",
+        responses=errors(400, 413, 429, 503),
     )
-    async def submit_task(
-        submission: Submission, query: NoQueryArguments, request: Request
-    ) -> Response:
-        """Queue a task. Poll it at `Location`."""
-        prefix = root_of(request)
+    async def submit_task(submission: Submission, request: Request, response: Response) -> Accepted:
+        """Queue a task, and return its id. Poll the task to get its result."""
         parameters = submission.parameters.model_dump()
         task = manager.submit(submission.task_type, parameters, submission.priority)
-        task_id = task["task_id"]
-        accepted: Accepted = {"task_id": task_id, "status": "queued"}
-        answer = json_answer(accepted, 202)
-        answer.headers["Location"] = f"{prefix}/tasks/{task_id}"
-        return answer
+        prefix = quote(root_path(request.scope))
+        response.headers["Location"] = f"{prefix}/tasks/{task['task_id']}"
+        return {"task_id": task["task_id"], "status": "queued"}
 
-    @app.get("/tasks", responses={200: TASK_LIST, 429: REFUSAL})
-    async def list_tasks(query: ListArguments) -> Response:
-        """List the tasks, oldest first."""
-        lines = stream_tasks(manager, query.status, query.limit)
-        return StreamingResponse(lines, headers=NO_STORE, media_type="application/json")
+    @app.get(
+        "/tasks",
+        responses={200: {"model": list[Task], "description": "The tasks."}, **errors(400, 429)},
+    )
+    async def list_tasks(query: Annotated[ListQuery, Query()]) -> StreamingResponse:
+        """Return all tasks, or those with one `status`, as a JSON array. The oldest come first."""
+        tasks = manager.iterate(query.status)
+        return StreamingResponse(stream_tasks(tasks, query.limit), media_type="application/json")
 
-    @app.get("/tasks/{task_id}", responses={200: ONE_TASK, 404: REFUSAL, 429: REFUSAL})
-    async def get_task(task_id: UUID, query: PollArguments) -> Response:
-        """Return a task: at once, or with `wait=true` when its status changes."""
+    @app.get("/tasks/{task_id}", response_description="The task.", responses=errors(400, 404, 429))
+    async def get_task(task_id: UUID, query: Annotated[PollQuery, Query()]) -> Task:
+        """Return a task. With `wait=true`, wait until its status changes, for at most 10 s."""
         if query.wait:
-            return json_answer(await manager.wait(str(task_id), query.since))
-        return json_answer(manager.get(str(task_id)))
+            return await manager.wait(str(task_id))
+        return manager.get(str(task_id))
 
     @app.delete(
-        "/tasks/{task_id}",
-        response_description="The task, which is cancelled now.",
-        responses={200: ONE_TASK, 404: REFUSAL, 409: REFUSAL, 429: REFUSAL},
+        "/tasks/{task_id}", response_description="The task.", responses=errors(400, 404, 409, 429)
     )
-    async def cancel_task(task_id: UUID, query: NoQueryArguments) -> Response:
-        """Cancel a task; twice is no error. It can still be asked for until its `expires_at`."""
-        return json_answer(manager.cancel(str(task_id)))
+    async def cancel_task(task_id: UUID) -> Task:
+        """Cancel a task and return it. It is not an error if the task is already cancelled."""
+        return manager.cancel(str(task_id))
 
-    @app.get("/health", responses={200: HEALTH, 503: REFUSAL})
-    async def health(query: NoQueryArguments) -> Response:
-        """Count tasks, places and workers. Not limited."""
-        return json_answer(manager.health())
+    @app.get("/health", response_description="The load.", responses=errors(503))
+    async def get_health(response: Response) -> Health:
+        """Return the number of tasks and busy workers. This request is not limited."""
+        response.headers.update(NO_STORE)
+        return manager.health()
 
     @app.get("/", include_in_schema=False)
-    async def root(query: NoQueryArguments, request: Request) -> Response:
-        return RedirectResponse(root_of(request) + "/docs")
+    async def redirect_to_docs(request: Request) -> RedirectResponse:
+        return RedirectResponse(quote(root_path(request.scope)) + "/docs")
 
 
-# ==================================================================================================
-# The app
-#
-# `create_app` makes one world: a manager, a limiter, an app that knows both. No code uses a global
-# that changes (the cache of `client_key` apart, which changes no answer), so two apps in one
-# process do not touch, and each test has its own.
-#
-# The lifespan owns what runs in the background. What happens on Ctrl-C or SIGTERM, step by step:
-#
-#   1. The handler of `on_stop_signal` runs. It schedules `stop_waiting` (answer the long polls,
-#      accept no more tasks), then calls uvicorn's handler. Without `stop_waiting`, step 2 would
-#      take as long as the longest poll.
-#   2. uvicorn stops listening, lets the requests in hand finish, and ends the lifespan. (A client
-#      that does not read its answer can hold it up here, for ever; `--timeout-graceful-shutdown`.)
-#   3. The timers are cancelled, then the manager stops. It marks each task that is not final and
-#      cancels its work (R3), cancels the workers, and waits for clean-ups, 5 seconds at most.
-#   4. The process ends. After SIGTERM that is at once, since uvicorn lets the signal kill it; after
-#      Ctrl-C Python first waits for the threads that `asyncio.to_thread` has started.
-# ==================================================================================================
-
-DESCRIPTION = """\
-Submit a task, then poll it until it is `completed`, `failed` or `cancelled`.
-
-* **Rate limit**: 10 requests a minute from one address (an IPv6 client is its /64); bad requests
-  count, refused ones (429) do not. `/`, `/docs`, `/redoc`, `/openapi.json`, `/health` are free.
-* **Long poll**: `GET /tasks/{task_id}?wait=true&since=queued` is held until the status is no longer
-  `queued`, at most 10 seconds. Give the status that you saw last, and you miss no change.
-* **Retention**: a task can be asked for until 10 minutes after its end (`expires_at`); after that
-  the answer is 404. A restart of the server loses all tasks.
-* **Priority**: five tasks run at a time; `high` before `normal` before `low`, then the oldest
-  first. One level is worth 30 seconds of waiting, so nothing waits for ever.
-* **Failure**: `error.code` is `task_failed` (see its message), `timeout` (after 60 seconds) or
-  `internal_error`.
-* **Errors** are problem documents (RFC 9457). With 429 and 503 wait for `Retry-After` seconds; a
-  503 without it: no tasks are accepted now. An unknown field or query parameter is a 400.
-* Anybody can see and cancel every task. HEAD is answered wherever GET is.
-
-These are the defaults; whoever runs the server may have set others.
-"""
-
-
-Handler: TypeAlias = Callable[[int, FrameType | None], Any]
+async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) -> None:
+    """Free memory every `interval` seconds, until cancelled."""
+    while True:
+        await asyncio.sleep(interval)
+        try:
+            manager.expire()
+            await limiter.sweep()
+        except Exception:
+            # Otherwise the first exception would end the timer, and memory would fill up slowly.
+            log.exception("the clean-up failed")
 
 
 @contextmanager
-def on_stop_signal(callback: Callable[[], None]) -> Iterator[None]:
-    """Call `callback` in the event loop when SIGINT or SIGTERM comes, before the server acts on it.
+def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
+    """Call `callback` in the event loop when a signal is received, before the present handler.
 
-    A server tells the lifespan of a stop only after it has sent all answers, and a poll that is
-    held would delay that. So this puts a handler before the server's, and calls that one too. Where
-    no handler is set, or this is not the main thread, polls are just held to their end.
+    uvicorn ends the lifespan after all responses have been sent. An open long poll would delay that
+    by up to 10 s, so the long polls have to be ended earlier.
     """
+    former = signal.getsignal(signum)
+    # Only the main thread can set a handler. And if there is none, the signal ends the process.
+    if threading.current_thread() is not threading.main_thread() or not callable(former):
+        yield
+        return
     loop = asyncio.get_running_loop()
-    former: dict[int, Handler] = {}
 
-    def handle(signum: int, frame: FrameType | None) -> None:
-        # Not called right here: a handler may interrupt the loop anywhere.
-        loop.call_soon_threadsafe(callback)
-        former[signum](signum, frame)
+    def handle(number: int, frame: FrameType | None) -> None:
+        with suppress(RuntimeError):  # the event loop is closed, but the process goes on
+            loop.call_soon_threadsafe(callback)
+        former(number, frame)
 
-    with suppress(ValueError):  # which `signal.signal` raises outside of the main thread
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            handler = signal.getsignal(signum)
-            if callable(handler):
-                former[signum] = handler
-                signal.signal(signum, handle)
+    signal.signal(signum, handle)
     try:
         yield
     finally:
-        for number, former_handler in former.items():
-            if signal.getsignal(number) is handle:
-                signal.signal(number, former_handler)
+        # Another app in this process can have added its own handler, which calls this one.
+        if signal.getsignal(signum) is handle:
+            signal.signal(signum, former)
 
 
-async def timer(seconds: float, job: Callable[[], Awaitable[None]]) -> None:
-    """Do a job every so many seconds, until cancelled. An exception ends its round only."""
-    while True:
-        await asyncio.sleep(seconds)
-        try:
-            await job()
-        except Exception:
-            # Without this the timer would be dead from now on, and nobody would see it.
-            # CancelledError is no Exception, and ends it.
-            log.exception("a round of %s failed", job.__qualname__)
+def create_app(settings: Settings | None = None, execute: Execute | None = None) -> FastAPI:
+    """Return a new app. By default, it reads its settings from the environment.
 
-
-@asynccontextmanager
-async def background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run a coroutine beside the body of an `async with`; then cancel it and wait for its end."""
-    asyncio_task = asyncio.create_task(coroutine)
-    try:
-        yield
-    finally:
-        asyncio_task.cancel()
-        # Without this a round could still be going on when the manager stops.
-        await asyncio.wait({asyncio_task})
-
-
-class TaskApp(FastAPI):
-    """FastAPI with our middleware around it, and the schemas of our answers in its document."""
-
-    def build_middleware_stack(self) -> ASGIApp:
-        """Return what the server calls; the outermost comes last here."""
-        # `add_middleware` would put ours inside of Starlette's outermost one, which answers 500,
-        # and such an answer would then lack the fields of the rate limit.
-        app = super().build_middleware_stack()
-        app = BodyLimitMiddleware(app, self.state.settings.max_body)
-        app = RateLimitMiddleware(app, self.state.limiter)
-        return HeadMiddleware(app)
-
-    def openapi(self) -> JsonObject:
-        """Return the OpenAPI document."""
-        if self.openapi_schema is None:
-            complete_document(super().openapi())  # which keeps it in `openapi_schema`
-        return super().openapi()
-
-
-def create_app(settings: Settings | None = None) -> FastAPI:
-    """Return a new app with a world of its own; settings come from the environment if not given."""
-    settings = settings or Settings.from_environment()
-    manager = TaskManager(settings)
+    `execute(task_type, parameters, report)` does the work of a task.
+    """
+    settings = settings or read_settings()
+    manager = TaskManager(settings, execute or scaled_execute(settings.time_scale))
     limiter = RateLimiter(settings.rate_limit, settings.rate_window)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # Two timers, so that a fault of one clean-up does not keep the other from its turn.
         async with (
             manager.working(),
-            background(timer(settings.cleanup_interval, manager.clean_up)),
-            background(timer(settings.cleanup_interval, limiter.sweep)),
+            in_background(clean_up(manager, limiter, settings.cleanup_interval)),
         ):
-            with on_stop_signal(manager.stop_waiting):
+            stop = manager.stop_waiting
+            with before_handler(signal.SIGINT, stop), before_handler(signal.SIGTERM, stop):
                 yield
 
-    app = TaskApp(
+    handled = (RequestValidationError, HTTPException, ManagerError, Exception)
+    app = FastAPI(
         title="Task manager",
         description=DESCRIPTION,
-        version="2.0.0",
         lifespan=lifespan,
-        responses=COMMON_REFUSALS,
-        openapi_tags=[{"name": "tasks", "description": "Submit, poll, list, cancel, count."}],
-        generate_unique_id_function=lambda route: route.name,
-        redirect_slashes=False,  # the redirect would repeat the Host header, which is the client's
-        swagger_ui_oauth2_redirect_url=None,
+        responses={"default": OTHER_ERRORS},
+        exception_handlers=dict.fromkeys(handled, handle_error),
+        redirect_slashes=False,  # a redirect would repeat the Host header, which can be anything
     )
-    app.state.settings = settings
     app.state.manager = manager
-    app.state.limiter = limiter
-    app.router.route_class = JsonRoute
-    app.router.tags = ["tasks"]
-    for error in (ManagerError, RequestValidationError, HTTPException, Exception):
-        app.add_exception_handler(error, handle_error)
+    app.add_middleware(BodyLimitMiddleware, max_body=settings.max_body)
+    app.add_middleware(RateLimitMiddleware, limiter=limiter)
     add_routes(app, manager)
     return app
 
