@@ -1943,7 +1943,8 @@ def test_the_responses_of_an_operation(path: str, method: str) -> None:
 def test_the_examples_of_the_document() -> None:
     """The examples of a submission are named by task type, and every schema that is used exists."""
     body = DOCUMENT["paths"]["/tasks"]["post"]["requestBody"]["content"]["application/json"]
-    assert list(body["examples"]) == ["compute_sum", "generate_report", "simulate_failure"]
+    assert list(body["examples"]) == list(EXAMPLES)
+    assert body["examples"]["compute_sum"] == {"value": SUM}
     text = json.dumps(DOCUMENT)
     for name in re.findall('"#/components/schemas/([^"]+)"', text):
         assert name in DOCUMENT["components"]["schemas"]
@@ -2469,14 +2470,19 @@ def test_bodies_that_are_too_large(server: Server) -> None:
 @parametrize(("signum", "code"), [(signal.SIGTERM, -15), (signal.SIGINT, 0)])
 def test_shutdown_of_a_server(signum: int, code: int) -> None:
     """A signal ends the server although polls are open, cancels all tasks, and the log is clean."""
-    with Server(rate_limit=100, long_poll=3600) as server:
+    with Server(rate_limit=10_000, long_poll=3600) as server:
         paths = [server.submit(SLOW) for _ in range(20)]
-        while server.http.get(paths[0]).json()["status"] == "queued":
+        while server.http.get("/health").json()["workers"]["busy"] < 5:
             pass
         poll = f"GET {paths[0]}?wait=true HTTP/1.1"
         server.connect(poll).close()
         connection = server.connect(poll)
-        assert server.http.get("/health").status_code == 200  # so the polls have been received
+        sent = 20
+        received = 0
+        while received < sent + 2:  # until both polls have been received
+            sent += 1
+            quota = server.http.get(paths[0]).headers["ratelimit"]
+            received = 10_000 - int(quota.split(";")[1].removeprefix("r="))
         assert server.stop(signum) == code
         assert b'"status":"processing"' in read_all(connection)
         assert len(re.findall(r"INFO: +task \w{8} generate_report cancelled", server.log)) == 20
