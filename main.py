@@ -252,10 +252,9 @@ def printable(text: object, length: int | None = None) -> str:
 #
 # The part to replace by your own. A new task type needs a `case` here, and two models below.
 
-# Work calls this with its progress in percent.
+# The task manager calls an Execute to do the work of a task. The work calls a Report with its
+# progress in percent.
 Report: TypeAlias = Callable[[float], None]
-
-# What the task manager calls to do the work of a task.
 Execute: TypeAlias = Callable[[str, Parameters, Report], Awaitable[Any]]
 
 
@@ -445,8 +444,8 @@ def label(task: Task) -> str:
 def json_copy(value: Any) -> Any:
     """Return a copy of a value that has been converted to JSON and back; raise InvalidJsonError.
 
-    Parameters and results are stored as such copies. So everything that is stored can be sent, and
-    the code that a value came from cannot change the task afterwards.
+    Parameters and results are stored as copies. So all that is stored can be sent, and the code
+    that a value came from cannot change the task afterwards.
     """
     try:
         text = json.dumps(value, allow_nan=False)
@@ -536,11 +535,9 @@ class TaskManager:
         """Return a task as soon as its status changes; raise TaskNotFoundError.
 
         Return immediately if the status is final or the server is shutting down, and after
-        `long_poll` seconds in any case.
-
-        There is no `await` between reading the status and registering the Event. And an Event is
-        never cleared: `_set_status` removes it from the dict and sets it. Otherwise a change can be
-        missed in one of two ways:
+        `long_poll` seconds in any case. There is no `await` between reading the status
+        and registering the Event, and an Event is never cleared: `_set_status` removes it from the
+        dict and sets it. Otherwise a change can be missed in one of two ways:
 
             client: reads "processing", awaits something
             worker: sets the status to "completed"; there is no Event to set
@@ -575,10 +572,7 @@ class TaskManager:
                 yield task
 
     def cancel(self, task_id: str) -> Task:
-        """Cancel a task and return it; raise TaskNotFoundError or TaskFinishedError.
-
-        It is not an error if the task is already cancelled.
-        """
+        """Cancel a task if it is not cancelled yet; raise TaskNotFoundError, TaskFinishedError."""
         task = self.get(task_id)
         match task["status"]:
             case "completed" | "failed":
@@ -806,8 +800,8 @@ def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task
 # === Models =======================================================================================
 #
 # Here the HTTP API begins. These models decide what clients can send. The server sends it back
-# later, so the models are strict: bounded strings refuse lone surrogates, and bounded numbers refuse
-# NaN. Unknown fields are an error, because a misspelt `priority` must not be ignored.
+# later, so the models are strict: bounded strings refuse lone surrogates, and bounded numbers
+# refuse NaN. Unknown fields are an error, because a misspelt `priority` must not be ignored.
 #
 # A new task type needs a model for its parameters, and one for its submission in `AnySubmission`.
 
@@ -897,12 +891,8 @@ class Accepted(TypedDict):
 
 
 class Problem(TypedDict):
-    """An error (RFC 9457).
-
-    If the request is invalid, each of the `errors` has a `detail` and a `pointer`: a JSON pointer
-    into the body (RFC 6901), or the name of a parameter. If a task cannot be cancelled, because it
-    has completed or failed, `task` is the task.
-    """
+    """An error (RFC 9457). The `pointer` of one of the `errors` in a request is a JSON pointer into
+    the body (RFC 6901), or the name of a parameter. `task` is a task that cannot be cancelled."""
 
     type: Literal["about:blank"]
     title: str
@@ -1094,27 +1084,6 @@ class BodyLimitMiddleware:
         await self._app(scope, limited_receive, send)
 
 
-# === Stream =======================================================================================
-
-
-async def stream_tasks(tasks: Iterator[Task], limit: int | None) -> AsyncIterator[bytes]:
-    """Yield at most `limit` tasks as a JSON array, with one task on each line."""
-    chunk = bytearray(b"[")
-    separator = b"\n"
-    for number, task in enumerate(tasks, start=1):
-        chunk += separator + to_json(task)
-        separator = b",\n"
-        if number == limit:
-            break
-        # Single tasks would be slow to send. All tasks at once would block the other clients.
-        if number % 100 == 0:
-            yield bytes(chunk)
-            chunk.clear()
-            # Sending a chunk doesn't always wait, but `sleep` always switches.
-            await asyncio.sleep(0)
-    yield bytes(chunk) + b"\n]\n"
-
-
 # === App ==========================================================================================
 
 DESCRIPTION = """\
@@ -1138,22 +1107,39 @@ PROBLEM_CONTENT = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Probl
 OTHER_ERRORS = {"model": Problem, "content": PROBLEM_CONTENT, "description": "Any other error."}
 
 
-def errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the documentation of the errors of a route."""
-    return {
-        status: {"content": PROBLEM_CONTENT, "description": ERRORS[status]} for status in statuses
-    }
+def documented(
+    status: int, description: str, *errors: int, model: Any = None
+) -> dict[int | str, dict[str, Any]]:
+    """Return the documentation of the responses of a route: a success, and errors."""
+    responses: dict[int | str, dict[str, Any]] = {}
+    responses[status] = {"description": description, "model": model}
+    for error in errors:
+        responses[error] = {"description": ERRORS[error], "content": PROBLEM_CONTENT}
+    return responses
+
+
+async def stream_tasks(tasks: Iterator[Task], limit: int | None) -> AsyncIterator[bytes]:
+    """Yield at most `limit` tasks as a JSON array, with one task on each line."""
+    chunk = bytearray(b"[")
+    separator = b"\n"
+    for number, task in enumerate(tasks, start=1):
+        chunk += separator + to_json(task)
+        separator = b",\n"
+        if number == limit:
+            break
+        # Single tasks would be slow to send. All tasks at once would block the other clients.
+        if number % 100 == 0:
+            yield bytes(chunk)
+            chunk.clear()
+            # Sending a chunk doesn't always wait, but `sleep` always switches.
+            await asyncio.sleep(0)
+    yield bytes(chunk) + b"\n]\n"
 
 
 def add_routes(app: FastAPI, manager: TaskManager) -> None:
     """Add the routes to an app. Each of them converts a request into a call of the manager."""
 
-    @app.post(
-        "/tasks",
-        status_code=202,
-        response_description="The id.",
-        responses=errors(400, 413, 429, 503),
-    )
+    @app.post("/tasks", status_code=202, responses=documented(202, "The id.", 400, 413, 429, 503))
     async def submit_task(submission: Submission, request: Request, response: Response) -> Accepted:
         """Queue a task, and return its id. Poll the task to get its result."""
         parameters = submission.parameters.model_dump()
@@ -1162,30 +1148,25 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         response.headers["Location"] = f"{prefix}/tasks/{task['task_id']}"
         return {"task_id": task["task_id"], "status": "queued"}
 
-    @app.get(
-        "/tasks",
-        responses={200: {"model": list[Task], "description": "The tasks."}, **errors(400, 429)},
-    )
+    @app.get("/tasks", responses=documented(200, "The tasks.", 400, 429, model=list[Task]))
     async def list_tasks(query: Annotated[ListQuery, Query()]) -> StreamingResponse:
         """Return all tasks, or those with one `status`, as a JSON array. The oldest come first."""
         tasks = manager.iterate(query.status)
         return StreamingResponse(stream_tasks(tasks, query.limit), media_type="application/json")
 
-    @app.get("/tasks/{task_id}", response_description="The task.", responses=errors(400, 404, 429))
+    @app.get("/tasks/{task_id}", responses=documented(200, "The task.", 400, 404, 429))
     async def get_task(task_id: UUID, query: Annotated[PollQuery, Query()]) -> Task:
         """Return a task. With `wait=true`, wait until its status changes, for at most 10 s."""
         if query.wait:
             return await manager.wait(str(task_id))
         return manager.get(str(task_id))
 
-    @app.delete(
-        "/tasks/{task_id}", response_description="The task.", responses=errors(400, 404, 409, 429)
-    )
+    @app.delete("/tasks/{task_id}", responses=documented(200, "The task.", 400, 404, 409, 429))
     async def cancel_task(task_id: UUID) -> Task:
         """Cancel a task and return it. It is not an error if the task is already cancelled."""
         return manager.cancel(str(task_id))
 
-    @app.get("/health", response_description="The load.", responses=errors(503))
+    @app.get("/health", responses=documented(200, "The load.", 503))
     async def get_health(response: Response) -> Health:
         """Return the number of tasks and busy workers. This request is not limited."""
         response.headers.update(NO_STORE)
