@@ -1010,9 +1010,13 @@ class RateLimitMiddleware:
         host, _ = scope["client"] or ("", 0)
         client = client_key(host)
 
+        started = False
+
         async def send_with_headers(message: Message) -> None:
+            nonlocal started
             # The quota can have changed since the request, because a long poll responds late.
             if message["type"] == "http.response.start":
+                started = True
                 left, seconds = await self._limiter.quota(client)
                 headers = MutableHeaders(scope=message)
                 headers["RateLimit-Policy"] = self._policy
@@ -1020,12 +1024,18 @@ class RateLimitMiddleware:
                 headers.update(NO_STORE)
             await send(message)
 
-        if await self._limiter.hit(client):
-            await self._app(scope, receive, send_with_headers)
-        else:
+        if not await self._limiter.hit(client):
             _, seconds = await self._limiter.quota(client)
             refusal = problem(429, f"Try again in {seconds} s.", retry_after(seconds))
             await refusal(scope, receive, send_with_headers)
+            return
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception:
+            # A bug. Starlette would respond outside of all middleware, and without the headers.
+            if not started:
+                await problem(500, "The server failed.")(scope, receive, send_with_headers)
+            raise
 
 
 def root_path(scope: Scope) -> str:

@@ -1880,7 +1880,14 @@ async def test_a_bug_is_a_500(validation: bool, monkeypatch: MonkeyPatch) -> Non
         monkeypatch.setattr(api.manager, "get", bug)
         response = await api.http.get(f"/tasks/{NO_TASK}")
         assert problem_of(response, 500)["detail"] == "The server failed."
+        assert response.headers["ratelimit"]
         assert "secret" not in response.text
+        monkeypatch.setattr(api.manager, "health", bug)
+        problem_of(await api.http.get("/health"), 500)
+        monkeypatch.setattr(main, "to_json", bug)
+        api.manager.submit("compute_sum", {})
+        with suppress(RuntimeError):  # the list breaks after its start
+            await api.http.get("/tasks")
         transport = ASGITransport(api.app)  # this one raises what uvicorn logs
         async with AsyncClient(transport=transport, base_url="http://test") as client:
             with pytest.raises((RuntimeError, ValidationError)):
