@@ -2142,7 +2142,7 @@ async def test_a_signal_ends_the_polls(signum: int, received: list[int]) -> None
 
 
 def test_a_signal_after_one_of_two_apps_has_ended(received: list[int]) -> None:
-    """Two apps, started a, b and stopped a, b: a signal afterwards reaches the former handler."""
+    """Two apps, started a, b and stopped a, b: a signal reaches b, then the former handler."""
 
     async def overlap() -> None:
         first, second = create_app(Settings()), create_app(Settings())
@@ -2151,11 +2151,15 @@ def test_a_signal_after_one_of_two_apps_has_ended(received: list[int]) -> None:
         await one.__aenter__()
         await two.__aenter__()
         await one.__aexit__(None, None, None)
+        signal.raise_signal(signal.SIGTERM)
+        await ticks()
+        with pytest.raises(main.UnavailableError):
+            second.state.manager.health()
         await two.__aexit__(None, None, None)
 
     run(overlap())
     signal.raise_signal(signal.SIGINT)
-    assert received == [signal.SIGINT]
+    assert received == [signal.SIGTERM, signal.SIGINT]
 
 
 @virtual_time
