@@ -32,9 +32,9 @@ Three facts about asyncio
 
 2.  **Cancellation is a request.** After `asyncio_task.cancel()`, the event loop raises
     `asyncio.CancelledError` at the `await` where that asyncio task is suspended. The coroutine can
-    clean up before it ends, and it can even ignore the request. If it is waiting for another
-    asyncio task, that one receives the request instead. If it has not started yet, none of its code
-    runs, not even a `finally`.
+    clean up before it ends, and it can even ignore the request. An asyncio task that awaits another
+    one, directly or through `asyncio.gather`, passes the request on to it; `asyncio.wait` does not.
+    If the asyncio task has not started yet, none of its code runs, not even a `finally`.
 
 3.  **An `asyncio.Event` wakes all its waiters.** A coroutine that awaits `event.wait()` is
     suspended until another one calls `event.set()`. After that, `event.wait()` returns immediately.
@@ -81,7 +81,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import NotRequired, TypedDict
 
-# uvicorn configures only its own loggers, and this is a child of one of them. The messages of
+# uvicorn configures only its own loggers, and this is a child of one of them. The INFO messages of
 # `getLogger(__name__)` would not be shown.
 log = logging.getLogger("uvicorn.error.tasks")
 
@@ -141,7 +141,7 @@ class Task(TypedDict):
 
 
 class Health(TypedDict):
-    """The number of tasks by status, the length of the queue, and how many workers are busy."""
+    """The number of tasks by status, and the load. A worker with a processing task is busy."""
 
     status: Literal["ok"]
     tasks: dict[Status, int]
@@ -151,7 +151,7 @@ class Health(TypedDict):
 
 # === Settings =====================================================================================
 
-# The upper bound is 30 years in seconds. Dates and asyncio's timers cannot handle much more.
+# The upper bound is 30 years in seconds. A much larger retention would be too much for a date.
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
 SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
@@ -250,7 +250,7 @@ def printable(text: object, length: int | None = None) -> str:
 
 # === Work =========================================================================================
 #
-# The part to replace by your own. A new task type needs a `case` here, and two models below.
+# Replace this section with your own work. A new task type needs a `case` here and two models below.
 
 # The task manager calls an Execute to do the work of a task. The work calls a Report with its
 # progress in percent.
@@ -421,8 +421,8 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 # ask for, how a status changes, how the workers run a task. Requests, workers and the clean-up all
 # change the same dicts. No lock is needed, because no change contains an `await`.
 
-# Seconds that cancelled work has for its own clean-up. After that it is abandoned: it can go on,
-# but nothing waits for it any more.
+# Seconds that work has for its clean-up after a timeout or at shutdown. After a DELETE, it also has
+# the rest of its timeout. Then it is abandoned: it can go on, but nothing waits for it.
 GRACE = 5
 
 
@@ -488,13 +488,13 @@ class TaskManager:
         self._accepting = False
         # All tasks by id, in the order of their submission.
         self._tasks: dict[str, Task] = {}
-        # The tasks with the status "queued", and no others.
+        # The entries of the queued tasks. `working` replaces the queue.
         self._queue = TaskQueue(settings.queue_size)
         self._sequence = itertools.count()
         # The asyncio tasks that do the work, by task id, until they have ended.
         self._works: dict[str, asyncio.Task[Any]] = {}
         # For each task that is not final: when its status last changed, and the Event that the next
-        # change sets. The Event exists only if a client is waiting for it.
+        # change sets. The Event exists only if a client has asked for it.
         self._changed_at: dict[str, float] = {}
         self._changed: dict[str, asyncio.Event] = {}
         # When to remove each final task, and its id. The retention is the same for all tasks, so
@@ -651,7 +651,7 @@ class TaskManager:
     def _stop(self, task: Task, status: Status, error: TaskError | None = None) -> None:
         """Stop a task: first change its status, then cancel its work.
 
-        In the other order, the work could still decide how the task ends:
+        The status changes now, and not when the work has ended. Otherwise:
 
             client: sends DELETE; the work is cancelled, the response says "cancelled"
             work:   catches CancelledError and returns a result
@@ -693,8 +693,8 @@ class TaskManager:
             #     gather: returns after 30 s            <-- four workers had nothing to do for 25 s
             await asyncio.gather(*workers)
         except Exception:
-            # A bug in this class. After the first exception, `gather` returns and the other workers
-            # go on. If they fail too, nobody notices, and new tasks are queued forever.
+            # A bug in this class. `gather` raises the first exception, and the other workers go on.
+            # All are stopped, because otherwise tasks could be queued forever.
             log.critical("a worker failed, so all workers stop", exc_info=True)
         finally:
             self._accepting = False
@@ -708,8 +708,8 @@ class TaskManager:
         """Run one task after the other, until cancelled."""
         while True:
             _, _, task_id = await self._queue.get()
-            # There is no `await` before the status is "processing". So a DELETE finds every task
-            # either in the queue or being processed.
+            # Awaiting `_run_task` doesn't switch before its first line, which sets the status. So a
+            # DELETE finds every task either in the queue or being processed.
             await self._run_task(self._tasks[task_id])
 
     async def _run_task(self, task: Task) -> None:
@@ -1059,7 +1059,7 @@ def client_key(host: str) -> str:
 
 
 class BodyLimitMiddleware:
-    """Refuses bodies that are too large, because uvicorn would keep them in memory."""
+    """Refuses bodies that are too large, because FastAPI reads a whole body into memory."""
 
     def __init__(self, app: ASGIApp, max_body: int) -> None:
         self._app = app
