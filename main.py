@@ -759,9 +759,11 @@ class TaskManager:
         try:
             result = json_copy(work.result())
         except asyncio.CancelledError as exc:
-            # `_stop` changes the status before it cancels the work. If the task is not final,
-            # something else has cancelled the work, and that is a bug in the work.
-            if task["status"] not in FINAL:
+            # `_stop` changes the status before it cancels the work. After a second Ctrl-C, asyncio
+            # cancels everything itself. Any other cancellation is a bug in the work.
+            if not self._accepting:
+                self._set_status(task, "cancelled")
+            elif task["status"] not in FINAL:
                 self._fail(task, exc)
         except BaseException as exc:  # noqa: BLE001  # work can raise anything
             self._fail(task, exc)
@@ -1007,7 +1009,7 @@ class RateLimitMiddleware:
             return
         # The address of the peer. The header X-Forwarded-For is not read here, because every client
         # can send it. uvicorn reads it if it was told to trust the peer.
-        host, _ = scope["client"] or ("", 0)
+        host, _ = scope.get("client") or ("", 0)
         client = client_key(host)
 
         started = False

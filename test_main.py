@@ -2038,6 +2038,20 @@ async def test_shutdown_with_tasks_and_polls() -> None:
 
 
 @virtual_time
+async def test_everything_is_cancelled_after_a_signal() -> None:
+    """After a second Ctrl-C, asyncio cancels all its tasks, and the tasks are still cancelled."""
+    async with running(forever, workers=2) as api:
+        ids = [await api.submit() for _ in range(3)]
+        await ticks()
+        api.manager.stop_waiting()
+        for asyncio_task in asyncio_tasks():
+            asyncio_task.cancel()
+        await ticks(20)
+        for task_id in ids:
+            assert (await api.get(task_id))["status"] == "cancelled"
+
+
+@virtual_time
 async def test_shutdown_right_after_the_start() -> None:
     """If the app is stopped before its workers have run, no task is left queued."""
     api = Api(create_app(Settings()))
