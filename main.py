@@ -14,7 +14,7 @@ A *task* is what a client submits: a dict whose `status` moves along these arrow
 task is the coroutine that computes its result. What `asyncio.create_task` returns is always called
 an *asyncio task* here.
 
-Three facts about asyncio
+Four facts about asyncio
 -------------------------
 
 1.  **Code between two awaits is atomic.** The event loop runs all coroutines in one thread. It can
@@ -39,6 +39,10 @@ Three facts about asyncio
 3.  **An `asyncio.Event` wakes all its waiters.** A coroutine that awaits `event.wait()` is
     suspended until another one calls `event.set()`. After that, `event.wait()` returns immediately.
 
+4.  **There are several ways to wait.** `asyncio.create_task(coroutine)` starts a coroutine without
+    waiting for it. `await asyncio_task` waits, and raises the exception that ended it.
+    `asyncio.gather` waits for several, and raises the first exception. `asyncio.wait` only waits.
+
 Some comments show a run of the program *without* the precaution that they explain. In such a run,
 the arrow `<--` marks the step that goes wrong.
 
@@ -47,8 +51,9 @@ What this file does not do
 
 Tasks are lost when the process restarts. There can be only one process, because a second one would
 have its own tasks. There are no users: every client can see and cancel every task. Work that blocks
-the event loop or ignores its cancellation cannot be stopped. README.md names systems without these
-limits, and says which parts of this file they replace.
+the event loop or ignores its cancellation cannot be stopped, and `sys.exit()` in an asyncio task
+that work has created ends the server. README.md names systems without these limits, and says which
+parts of this file they replace.
 """
 
 import asyncio
@@ -160,7 +165,7 @@ SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
 class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """The settings: `Settings(workers=2)`, or `TASKS_WORKERS=2` in the environment."""
 
-    workers: Count = 5  # tasks that are processed at the same time
+    workers: Annotated[int, Field(ge=1, le=1000)] = 5  # tasks that are processed at the same time
     queue_size: Count = 100  # tasks that can wait for a worker
     max_tasks: Count = 10_000  # tasks in memory, whatever their status
     rate_limit: Count = 10  # requests of one client in `rate_window` seconds
@@ -309,16 +314,11 @@ async def simulate(seconds: float, report: Report) -> None:
 #     12:00:00  limiter: resets the counter
 #     12:00:01  client: sends 10 requests     <-- 20 requests in two seconds
 #
-# Refused requests are not counted. So a client that keeps trying is accepted as soon as one that
-# waits.
+# Refused requests are not counted, so trying again doesn't delay a client.
 
 
 def now() -> float:
-    """Return the time of the event loop's clock in seconds.
-
-    All deadlines use this clock. The wall clock can be changed while the program is running, so it
-    is used only for the times that clients see.
-    """
+    """Return the time of the event loop's clock, which cannot be set like the wall clock."""
     return asyncio.get_running_loop().time()
 
 
@@ -417,9 +417,8 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 
 # === Task manager =================================================================================
 #
-# Stores the tasks and runs them. After some functions, the methods come in this order: what clients
-# ask for, how a status changes, how the workers run a task. Requests, workers and the clean-up all
-# change the same dicts. No lock is needed, because no change contains an `await`.
+# Stores the tasks and runs them. Requests, workers and the clean-up all change the same dicts. No
+# lock is needed, because no change contains an `await`.
 
 # Seconds that work has for its clean-up after a timeout or at shutdown. After a DELETE, it also has
 # the rest of its timeout. Then it is abandoned: it can go on, but nothing waits for it.
@@ -493,9 +492,9 @@ class TaskManager:
         self._sequence = itertools.count()
         # The asyncio tasks that do the work, by task id, until they have ended.
         self._works: dict[str, asyncio.Task[Any]] = {}
-        # For each task that is not final: when its status last changed, and the Event that the next
-        # change sets. The Event exists only if a client has asked for it.
+        # When the status of each task that is not final last changed.
         self._changed_at: dict[str, float] = {}
+        # The Event that the next change of a task sets, if a client has waited for that change.
         self._changed: dict[str, asyncio.Event] = {}
         # When to remove each final task, and its id. The retention is the same for all tasks, so
         # appending keeps this deque sorted.
@@ -535,9 +534,9 @@ class TaskManager:
         """Return a task as soon as its status changes; raise TaskNotFoundError.
 
         Return immediately if the status is final or the server is shutting down, and after
-        `long_poll` seconds in any case. There is no `await` between reading the status
-        and registering the Event, and an Event is never cleared: `_set_status` removes it from the
-        dict and sets it. Otherwise a change can be missed in one of two ways:
+        `long_poll` seconds in any case. There is no `await` between reading the status and
+        registering the Event, and an Event is never cleared: `_set_status` removes it from the dict
+        and sets it. Otherwise a change can be missed in one of two ways:
 
             client: reads "processing", awaits something
             worker: sets the status to "completed"; there is no Event to set
@@ -553,7 +552,8 @@ class TaskManager:
         changed = self._changed.setdefault(task_id, asyncio.Event())
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), self._settings.long_poll)
-        return task  # `get` could fail here, because the task can have expired in the meantime
+        # `get` could fail here, because the task can have expired in the meantime.
+        return task
 
     def iterate(self, status: Status | None = None) -> Iterator[Task]:
         """Yield the tasks with this status, or all tasks, in the order of their submission.
@@ -561,9 +561,9 @@ class TaskManager:
         The dict can change while the caller awaits something between two tasks. So this iterates
         over a copy of the ids, and looks up each task when it is needed. Otherwise:
 
-            list:   sends some tasks, awaits a slow client
+            server: sends some tasks of a list, awaits a slow client
             client: submits a task, which is added to the dict
-            list:   RuntimeError, dictionary changed size during iteration    <-- half a response
+            server: RuntimeError, dictionary changed size during iteration    <-- half a response
         """
         for task_id in list(self._tasks):
             self.expire()
@@ -579,7 +579,7 @@ class TaskManager:
                 raise TaskFinishedError(task)
             case "queued":
                 self._queue.remove(task_id)
-        self._stop(task, "cancelled")
+        self._stop(task, "cancelled")  # changes nothing if the task is already cancelled
         return task
 
     def health(self) -> Health:
@@ -623,7 +623,7 @@ class TaskManager:
             task["finished_at"] = timestamp(finished_at)
             task["expires_at"] = timestamp(finished_at + retention)
             self._expiring.append((now() + retention.total_seconds(), task_id))
-        # Nobody waits for the new Event that is the default.
+        # If no client is waiting, the Event that is set here is a new one, without any effect.
         self._changed.pop(task_id, asyncio.Event()).set()
         # `!r` quotes the message, so a line break in it doesn't start a new line in the log.
         reason = f": {error['message']!r}" if error else ""
@@ -660,9 +660,9 @@ class TaskManager:
         The work is cancelled only once, by the call that changes the status. Another CancelledError
         would interrupt the clean-up that the first one has started.
         """
-        changed = self._set_status(task, status, error=error)
+        has_changed = self._set_status(task, status, error=error)
         work = self._works.get(task["task_id"])
-        if changed and work is not None:
+        if has_changed and work is not None:
             work.cancel()
 
     # --- How the workers run a task ---------------------------------------------------------------
@@ -675,7 +675,7 @@ class TaskManager:
         self._queue = TaskQueue(self._settings.queue_size)
         started = asyncio.Event()
         async with in_background(self._run_workers(started)):
-            # If the asyncio task was cancelled before it starts, its `finally` would not run.
+            # An asyncio task that is cancelled before it starts doesn't run its `finally`.
             await started.wait()
             yield
 
@@ -729,6 +729,7 @@ class TaskManager:
         work = asyncio.create_task(self._work(task))
         # The dict also keeps the work alive, because the event loop has only weak references.
         self._works[task["task_id"]] = work
+        # A callback, because abandoned work ends when its worker has already gone on.
         work.add_done_callback(partial(self._finish, task))
         await asyncio.wait({work}, timeout=self._settings.task_timeout)
         if not work.done():
@@ -744,19 +745,19 @@ class TaskManager:
         try:
             return await self._execute(task["task_type"], parameters, report)
         except (SystemExit, KeyboardInterrupt) as exc:
-            # asyncio lets these two out of the event loop, which would end the server, although a
-            # library that calls `sys.exit()` is enough to raise one of them.
+            # asyncio lets these two end the server, and `sys.exit()` in a library raises the first.
             raise RuntimeError(f"the work raised {type(exc).__name__}") from exc
 
     def _report(self, task: Task, percent: float) -> None:
-        """Set the progress of a task. Ignore NaN, values that are too small, and late reports."""
-        if task["status"] == "processing" and percent > task["progress"]:
+        """Raise the progress of a task, to 99 at most. Ignore odd values and late reports."""
+        if task["status"] == "processing" and task["progress"] < percent <= 100:
             task["progress"] = int(min(percent, 99))
 
     def _finish(self, task: Task, work: asyncio.Task[Any]) -> None:
         """Store how the work of a task ended. The event loop calls this when it has ended."""
         del self._works[task["task_id"]]
         try:
+            # `result` raises the exception that ended the work.
             result = json_copy(work.result())
         except asyncio.CancelledError as exc:
             # `_stop` changes the status before it cancels the work. After a second Ctrl-C, asyncio
@@ -810,7 +811,8 @@ def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task
 
 def check_number(value: Any) -> Any:
     """Return a number of at most 1e300 unchanged; raise PydanticCustomError for anything else."""
-    # In Python, True is an integer. NaN is not smaller than anything.
+    # `type`, because `isinstance(True, int)` is true. NaN fails the comparison. A sum of 1,000 such
+    # numbers is still finite.
     if type(value) in (int, float) and abs(value) <= 1e300:
         return value
     raise PydanticCustomError("number", "Input should be a number from -1e300 to 1e300")
@@ -893,8 +895,11 @@ class Accepted(TypedDict):
 
 
 class Problem(TypedDict):
-    """An error (RFC 9457). The `pointer` of one of the `errors` in a request is a JSON pointer into
-    the body (RFC 6901), or the name of a parameter. `task` is a task that cannot be cancelled."""
+    """An error (RFC 9457).
+
+    A `pointer` in `errors` is a JSON pointer into the body (RFC 6901), or the name of a parameter.
+    With 409, `task` is the task.
+    """
 
     type: Literal["about:blank"]
     title: str
@@ -921,8 +926,8 @@ def problem(
 
 def retry_after(seconds: int) -> dict[str, str]:
     """Return a Retry-After header (RFC 9110, section 10.2.3), with at least 1 s."""
-    # uvicorn closes a connection that was idle for 5 s. A client that sends its next request after
-    # exactly 5 s would often meet the closing connection.
+    # Not 5, because uvicorn closes a connection after 5 idle seconds. A request that is sent at the
+    # same moment would fail.
     if seconds == 5:
         seconds = 6
     return {"Retry-After": str(max(1, seconds))}
@@ -958,6 +963,10 @@ async def handle_error(_: Request, exc: Exception) -> Response:
         case RequestValidationError():
             # A ValidationError of pydantic would be a bug in this file, so it is a 500.
             items = [invalid_item(error) for error in exc.errors()[:10]]
+        case HTTPException(detail="There was an error parsing the body"):
+            # This is all that FastAPI says.
+            detail = "The body should be JSON in UTF-8, without deep nesting or very long numbers."
+            items = [{"detail": detail, "pointer": ""}]
         case HTTPException(status_code=400):
             items = [{"detail": str(exc.detail), "pointer": ""}]
         case InvalidJsonError():
@@ -1007,11 +1016,10 @@ class RateLimitMiddleware:
         if scope["type"] != "http" or path in FREE_PATHS:
             await self._app(scope, receive, send)
             return
-        # The address of the peer. The header X-Forwarded-For is not read here, because every client
-        # can send it. uvicorn reads it if it was told to trust the peer.
+        # The address of the peer. X-Forwarded-For is not read here, because every client can send
+        # it. uvicorn reads it if it was told to trust the peer.
         host, _ = scope.get("client") or ("", 0)
         client = client_key(host)
-
         started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -1034,7 +1042,8 @@ class RateLimitMiddleware:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
-            # A bug. Starlette would respond outside of all middleware, and without the headers.
+            # A bug. Starlette would respond outside of all middleware, without the headers. The
+            # exception goes on to the log, but a handler of the user for it cannot respond.
             if not started:
                 await problem(500, "The server failed.")(scope, receive, send_with_headers)
             raise
@@ -1073,7 +1082,10 @@ class BodyLimitMiddleware:
             await self._app(scope, receive, send)
             return
         too_large = f"The body is larger than {self._max_body} bytes."
-        declared = Headers(scope=scope).get("Content-Length", "")
+        headers = Headers(scope=scope)
+        is_json = "json" in headers.get("Content-Type", "")
+        declared = headers.get("Content-Length", "")
+        # `float`, because `int` refuses more than 4,300 digits.
         if declared.isdecimal() and float(declared) > self._max_body:
             await problem(413, too_large)(scope, receive, send)
             return
@@ -1088,8 +1100,9 @@ class BodyLimitMiddleware:
             size += len(body)
             if size > self._max_body:
                 raise HTTPException(413, too_large)
-            # Python's JSON parser would accept UTF-16, but RFC 8259 allows only UTF-8.
-            if b"\0" in body:
+            # Only UTF-8 is allowed (RFC 8259). Python's parser would accept UTF-16 too, in which
+            # JSON always contains zero bytes.
+            if is_json and b"\0" in body:
                 raise HTTPException(400, "The body should be JSON in UTF-8.")
             return message
 
@@ -1101,9 +1114,9 @@ class BodyLimitMiddleware:
 DESCRIPTION = """\
 Submit a task, then poll it until its status is `completed`, `failed` or `cancelled`.
 
-Each client can send 10 requests a minute: the header `RateLimit` says how many are left, and
-`Retry-After` how many seconds to wait. An unknown field or query parameter is an error. A finished
-task can be read for 10 minutes.
+By default, a client can send 10 requests a minute, and a finished task can be read for 10 minutes.
+The header `RateLimit` says how many requests are left, and `Retry-After` how many seconds to wait.
+An unknown field or query parameter is an error.
 """
 
 ERRORS = {
@@ -1203,13 +1216,9 @@ async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) 
 
 @contextmanager
 def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
-    """Call `callback` in the event loop when a signal is received, before the present handler.
-
-    uvicorn ends the lifespan after all responses have been sent. An open long poll would delay that
-    by up to 10 s, so the long polls have to be ended earlier.
-    """
+    """Call `callback` in the event loop when a signal is received, before the current handler."""
     former = signal.getsignal(signum)
-    # Only the main thread can set a handler. And if there is none, the signal ends the process.
+    # Only the main thread can set a handler. Without a handler, the signal ends the process.
     if threading.current_thread() is not threading.main_thread() or not callable(former):
         yield
         return
@@ -1244,6 +1253,13 @@ def create_app(settings: Settings | None = None, execute: Execute | None = None)
             manager.working(),
             in_background(clean_up(manager, limiter, settings.cleanup_interval)),
         ):
+            # When the server is told to shut down:
+            #
+            #     signal handler: wakes the long polls, then calls the handler of uvicorn
+            #     uvicorn:        waits until all responses have been sent, then ends this lifespan
+            #     lifespan:       cancels the timer, the tasks and the workers, and waits for them
+            #
+            # Without the first step, an open long poll would delay the second one by up to 10 s.
             stop = manager.stop_waiting
             with before_handler(signal.SIGINT, stop), before_handler(signal.SIGTERM, stop):
                 yield
