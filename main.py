@@ -66,10 +66,11 @@ import math
 import os
 import signal
 import threading
-from collections import Counter, deque
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from functools import lru_cache, partial
 from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
@@ -84,7 +85,7 @@ from pydantic_core import PydanticCustomError, from_json, to_json
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 # uvicorn configures only its own loggers, and this is a child of one of them. The INFO messages of
 # `getLogger(__name__)` would not be shown.
@@ -425,14 +426,10 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 GRACE = 5
 
 
-def utc_now() -> datetime:
-    """Return the time of the wall clock."""
-    return datetime.now(timezone.utc)
-
-
-def timestamp(moment: datetime) -> str:
-    """Return a UTC time in RFC 3339 format, always with six decimal places."""
-    return moment.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+def timestamp(seconds: float) -> str:
+    """Convert a time of the wall clock (`time.time()`) to RFC 3339, with six decimal places."""
+    moment = datetime.fromtimestamp(seconds, timezone.utc)
+    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
 
 def label(task: Task) -> str:
@@ -574,11 +571,10 @@ class TaskManager:
     def cancel(self, task_id: str) -> Task:
         """Cancel a task if it is not cancelled yet; raise TaskNotFoundError, TaskFinishedError."""
         task = self.get(task_id)
-        match task["status"]:
-            case "completed" | "failed":
-                raise TaskFinishedError(task)
-            case "queued":
-                self._queue.remove(task_id)
+        if task["status"] in ("completed", "failed"):
+            raise TaskFinishedError(task)
+        if task["status"] == "queued":
+            self._queue.remove(task_id)
         self._stop(task, "cancelled")  # changes nothing if the task is already cancelled
         return task
 
@@ -587,12 +583,12 @@ class TaskManager:
         if not self._accepting:
             raise UnavailableError("No workers are running.")
         self.expire()
-        counts = Counter(task["status"] for task in self._tasks.values())
+        statuses = [task["status"] for task in self._tasks.values()]
         return {
             "status": "ok",
-            "tasks": {status: counts[status] for status in TRANSITIONS},
+            "tasks": {status: statuses.count(status) for status in TRANSITIONS},
             "queue": {"size": self._queue.qsize(), "capacity": self._settings.queue_size},
-            "workers": {"busy": counts["processing"], "total": self._settings.workers},
+            "workers": {"busy": statuses.count("processing"), "total": self._settings.workers},
         }
 
     # --- How a status changes ---------------------------------------------------------------------
@@ -615,14 +611,14 @@ class TaskManager:
         if status == "completed":
             task["progress"] = 100
         if status == "processing":
-            task["started_at"] = timestamp(utc_now())
+            task["started_at"] = timestamp(time.time())
             self._changed_at[task_id] = now()
         else:
-            retention = timedelta(seconds=self._settings.retention)
-            finished_at = utc_now()
+            finished_at = time.time()
+            retention = self._settings.retention
             task["finished_at"] = timestamp(finished_at)
             task["expires_at"] = timestamp(finished_at + retention)
-            self._expiring.append((now() + retention.total_seconds(), task_id))
+            self._expiring.append((now() + retention, task_id))
         # If no client is waiting, the Event that is set here is a new one, without any effect.
         self._changed.pop(task_id, asyncio.Event()).set()
         # `!r` quotes the message, so a line break in it doesn't start a new line in the log.
@@ -756,20 +752,15 @@ class TaskManager:
     def _finish(self, task: Task, work: asyncio.Task[Any]) -> None:
         """Store how the work of a task ended. The event loop calls this when it has ended."""
         del self._works[task["task_id"]]
+        if work.cancelled() and (task["status"] in FINAL or not self._accepting):
+            # Cancelled by `_stop`, which has changed the status, or by asyncio after a second Ctrl-C.
+            # Any other cancellation is a bug in the work, and `result` raises it below.
+            self._set_status(task, "cancelled")
+            return
         try:
-            # `result` raises the exception that ended the work.
-            result = json_copy(work.result())
-        except asyncio.CancelledError as exc:
-            # `_stop` changes the status before it cancels the work. After a second Ctrl-C, asyncio
-            # cancels everything itself. Any other cancellation is a bug in the work.
-            if not self._accepting:
-                self._set_status(task, "cancelled")
-            elif task["status"] not in FINAL:
-                self._fail(task, exc)
+            self._set_status(task, "completed", result=json_copy(work.result()))
         except BaseException as exc:  # noqa: BLE001  # work can raise anything
             self._fail(task, exc)
-        else:
-            self._set_status(task, "completed", result=result)
 
     def _fail(self, task: Task, exc: BaseException) -> None:
         """Store why the work of a task failed, and log an exception that clients cannot see."""
@@ -793,7 +784,7 @@ def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task
         "progress": 0,
         "result": None,
         "error": None,
-        "created_at": timestamp(utc_now()),
+        "created_at": timestamp(time.time()),
         "started_at": None,
         "finished_at": None,
         "expires_at": None,
@@ -894,7 +885,7 @@ class Accepted(TypedDict):
     status: Literal["queued"]
 
 
-class Problem(TypedDict):
+class Problem(BaseModel):
     """An error (RFC 9457).
 
     A `pointer` in `errors` is a JSON pointer into the body (RFC 6901), or the name of a parameter.
@@ -905,14 +896,15 @@ class Problem(TypedDict):
     title: str
     status: int
     detail: str
-    errors: NotRequired[list[dict[Literal["detail", "pointer"], str]]]
-    task: NotRequired[Task]
+    errors: list[dict[Literal["detail", "pointer"], str]] = []
+    task: Task | None = None
 
 
 # === Errors in HTTP ===============================================================================
 
 PROBLEM_JSON = "application/problem+json"
 NO_STORE = {"Cache-Control": "no-store"}  # because the status of a task can change at any time
+UNREADABLE = "There was an error parsing the body"  # all that FastAPI says of such a body
 
 
 def problem(
@@ -948,8 +940,9 @@ def invalid_item(error: Mapping[str, Any]) -> dict[str, str]:
         case "model_type" | "model_attributes_type":
             detail = "Input should be an object, sent as application/json"
     if source == "body":
-        keys = [str(key).replace("~", "~0").replace("/", "~1") for key in path[1:]]
-        pointer = "".join(f"/{key}" for key in keys)
+        pointer = ""
+        for key in path[1:]:
+            pointer += "/" + str(key).replace("~", "~0").replace("/", "~1")
     else:
         pointer = str(path[-1])
     # Both can contain keys of the client, of any length.
@@ -963,12 +956,9 @@ async def handle_error(_: Request, exc: Exception) -> Response:
         case RequestValidationError():
             # A ValidationError of pydantic would be a bug in this file, so it is a 500.
             items = [invalid_item(error) for error in exc.errors()[:10]]
-        case HTTPException(detail="There was an error parsing the body"):
-            # This is all that FastAPI says.
+        case HTTPException() if exc.detail == UNREADABLE:
             detail = "The body should be JSON in UTF-8, without deep nesting or very long numbers."
             items = [{"detail": detail, "pointer": ""}]
-        case HTTPException(status_code=400):
-            items = [{"detail": str(exc.detail), "pointer": ""}]
         case InvalidJsonError():
             items = [{"detail": str(exc), "pointer": "/parameters"}]
         case HTTPException():
@@ -1081,29 +1071,22 @@ class BodyLimitMiddleware:
         if scope["type"] != "http" or scope["method"] == "GET":
             await self._app(scope, receive, send)
             return
-        too_large = f"The body is larger than {self._max_body} bytes."
-        headers = Headers(scope=scope)
-        is_json = "json" in headers.get("Content-Type", "")
-        declared = headers.get("Content-Length", "")
-        # `float`, because `int` refuses more than 4,300 digits.
-        if declared.isdecimal() and float(declared) > self._max_body:
-            await problem(413, too_large)(scope, receive, send)
-            return
+        is_json = "json" in Headers(scope=scope).get("Content-Type", "")
         size = 0
 
         async def limited_receive() -> Message:
-            # A chunked body has no declared length. FastAPI passes an HTTPException on, but would
-            # respond to any other exception with 400.
+            # The bytes are counted, because a chunked body has no Content-Length. FastAPI passes an
+            # HTTPException on, but would respond to any other exception with 400.
             nonlocal size
             message = await receive()
             body = message.get("body", b"")
             size += len(body)
             if size > self._max_body:
-                raise HTTPException(413, too_large)
+                raise HTTPException(413, f"The body is larger than {self._max_body} bytes.")
             # Only UTF-8 is allowed (RFC 8259). Python's parser would accept UTF-16 too, in which
             # JSON always contains zero bytes.
             if is_json and b"\0" in body:
-                raise HTTPException(400, "The body should be JSON in UTF-8.")
+                raise HTTPException(400, UNREADABLE)
             return message
 
         await self._app(scope, limited_receive, send)
@@ -1127,17 +1110,15 @@ ERRORS = {
     429: "There were too many requests. `Retry-After` says how many seconds to wait.",
     503: "The queue is full, or no workers are running. Try again after `Retry-After` seconds.",
 }
+Responses: TypeAlias = dict[int | str, dict[str, Any]]
 PROBLEM_CONTENT = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
 # With "default", FastAPI doesn't document its own 422. With `model`, it documents the schema.
 OTHER_ERRORS = {"model": Problem, "content": PROBLEM_CONTENT, "description": "Any other error."}
 
 
-def documented(
-    status: int, description: str, *errors: int, model: Any = None
-) -> dict[int | str, dict[str, Any]]:
+def documented(success: int, description: str, *errors: int) -> Responses:
     """Return the documentation of the responses of a route: a success, and errors."""
-    responses: dict[int | str, dict[str, Any]] = {}
-    responses[status] = {"description": description, "model": model}
+    responses: Responses = {success: {"description": description}}
     for error in errors:
         responses[error] = {"description": ERRORS[error], "content": PROBLEM_CONTENT}
     return responses
@@ -1164,7 +1145,11 @@ async def stream_tasks(tasks: Iterator[Task], limit: int | None) -> AsyncIterato
 def add_routes(app: FastAPI, manager: TaskManager) -> None:
     """Add the routes to an app. Each of them converts a request into a call of the manager."""
 
-    @app.post("/tasks", status_code=202, responses=documented(202, "The id.", 400, 413, 429, 503))
+    @app.post(
+        "/tasks",
+        status_code=202,
+        responses=documented(202, "The id.", 400, 413, 429, 503),
+    )
     async def submit_task(submission: Submission, request: Request, response: Response) -> Accepted:
         """Queue a task, and return its id. Poll the task to get its result."""
         parameters = submission.parameters.model_dump()
@@ -1173,7 +1158,11 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
         response.headers["Location"] = f"{prefix}/tasks/{task['task_id']}"
         return {"task_id": task["task_id"], "status": "queued"}
 
-    @app.get("/tasks", responses=documented(200, "The tasks.", 400, 429, model=list[Task]))
+    @app.get(
+        "/tasks",
+        response_model=list[Task],
+        responses=documented(200, "The tasks.", 400, 429),
+    )
     async def list_tasks(query: Annotated[ListQuery, Query()]) -> StreamingResponse:
         """Return all tasks, or those with one `status`, as a JSON array. The oldest come first."""
         tasks = manager.iterate(query.status)

@@ -26,7 +26,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 from random import Random
 from typing import Any, ParamSpec, TypeAlias
@@ -123,11 +123,11 @@ def run(coroutine: Coroutine[Any, Any, None], seed: int | None = None) -> None:
     """Run a coroutine in virtual time, with `asyncio.sleep` and the wall clock patched."""
     loop = VirtualLoop(seed)
 
-    def utc_now() -> datetime:
-        return BEGIN + timedelta(seconds=loop.moment - START)
+    def wall_clock() -> float:
+        return BEGIN.timestamp() + loop.moment - START
 
     with MonkeyPatch.context() as patch:
-        patch.setattr(main, "utc_now", utc_now)
+        patch.setattr(time, "time", wall_clock)
         try:
             loop.run_until_complete(coroutine)
         finally:
@@ -574,7 +574,7 @@ async def test_the_wall_clock_decides_nothing() -> None:
     async with running(retention=600) as api:
         task_id = await api.submit()
         await ticks()
-        main.utc_now = lambda: BEGIN + timedelta(days=400)  # `virtual_time` restores it
+        time.time = lambda: BEGIN.timestamp() + 400 * 24 * 3600  # `virtual_time` restores it
         task = await api.final(task_id)
         assert second(task["finished_at"]) == 400 * 24 * 3600
         await asyncio.sleep(599.5)
@@ -583,8 +583,7 @@ async def test_the_wall_clock_decides_nothing() -> None:
 
 def test_times_have_six_decimal_places() -> None:
     """A time is in RFC 3339 format with microseconds, even if they are zero."""
-    assert main.timestamp(BEGIN) == "2026-01-01T00:00:00.000000Z"
-    assert abs(main.utc_now() - datetime.now(timezone.utc)) < timedelta(minutes=1)
+    assert main.timestamp(BEGIN.timestamp()) == "2026-01-01T00:00:00.000000Z"
 
 
 @virtual_time
@@ -1669,7 +1668,7 @@ NUMBER = "Input should be a number from -1e300 to 1e300"
 OBJECT = "Input should be an object, sent as application/json"
 TYPES = "Input should be one of compute_sum, generate_report, simulate_failure"
 EXTRA = "Extra inputs are not permitted"
-UTF_8 = "The body should be JSON in UTF-8."
+UTF_8 = "The body should be JSON in UTF-8"
 FIRST = "/parameters/numbers/0"
 MESSAGE = "/parameters/message"
 BAD_BODIES: dict[str, tuple[bytes, str, str]] = {
@@ -1801,16 +1800,6 @@ async def test_the_size_of_a_body(size: int, chunked: bool) -> None:
             assert problem["detail"] == "The body is larger than 1000 bytes."
 
 
-@parametrize("length", ["x", "-5", "", "9" * 5000])
-@virtual_time
-async def test_a_strange_declared_length(length: str) -> None:
-    """A Content-Length that is not a number is ignored, and one of any size is understood."""
-    async with running() as api:
-        headers = {"Content-Length": length, "Content-Type": "application/json"}
-        response = await api.http.post("/tasks", content=numbers_of("1"), headers=headers)
-        assert response.status_code == (413 if length.isdecimal() else 202)
-
-
 @parametrize(
     ("path", "pointer", "detail"),
     [
@@ -1915,8 +1904,7 @@ async def test_a_route_of_the_user() -> None:
     async def coffee() -> None:
         raise HTTPException(400, "too hot") from ValueError()
 
-    (error,) = problem_of(await Api(app).http.get("/coffee"), 400)["errors"]
-    assert error["detail"] == "too hot"
+    assert problem_of(await Api(app).http.get("/coffee"), 400)["detail"] == "too hot"
     response = await Api(app).http.get("/tea")
     assert problem_of(response, 499)["detail"] == "short and stout"
     assert response.headers["x-pot"] == "1"
@@ -2505,9 +2493,9 @@ def test_clients_that_disconnect(server: Server) -> None:
 
 
 def test_bodies_that_are_too_large(server: Server) -> None:
-    """A 413 is sent before the body if its length is declared, otherwise during the body."""
-    declared = ("POST /tasks HTTP/1.1", "Content-Length: 99999999", "Connection: close")
-    assert read_all(server.connect(*declared)).startswith(b"HTTP/1.1 413 ")
+    """A 413 is sent while the body is read, whether its length is declared or not."""
+    declared = ("POST /tasks HTTP/1.1", "Content-Length: 65537", "Connection: close")
+    assert read_all(server.connect(*declared, body=b"x" * 65537)).startswith(b"HTTP/1.1 413 ")
     chunked = ("POST /tasks HTTP/1.1", "Transfer-Encoding: chunked", "Connection: close")
     assert read_all(server.connect(*chunked, body=LONG_CHUNK)).startswith(b"HTTP/1.1 413 ")
 
