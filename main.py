@@ -1,8 +1,8 @@
 """A rate-limited asynchronous task manager with polling, in a single file.
 
 Clients submit tasks over HTTP, poll or long-poll their status, list them and cancel them. Five
-workers take the tasks from a priority queue in memory. Read the file from top to bottom: first the
-engine, which is plain asyncio, then the HTTP API that wraps it.
+workers take the tasks from a priority queue in memory. Read the file from top to bottom: the first
+half is the engine, which is plain asyncio, and the second half is the HTTP API around it.
 
 To run it: `uvicorn main:app --reload`, then open http://127.0.0.1:8000/docs.
 
@@ -14,8 +14,7 @@ A *task* is what a client submits: a dict whose `status` moves along these arrow
 task is the coroutine that computes its result. What `asyncio.create_task` returns is always called
 an *asyncio task* here.
 
-Four facts about asyncio
--------------------------
+FOUR FACTS ABOUT ASYNCIO
 
 1.  **Code between two awaits is atomic.** The event loop runs all coroutines in one thread. It can
     switch from one to another only where the current one has to wait: at an `await`, an `async
@@ -43,17 +42,15 @@ Four facts about asyncio
     waiting for it. `await asyncio_task` waits, and raises the exception that ended it.
     `asyncio.gather` waits for several, and raises the first exception. `asyncio.wait` only waits.
 
-Some comments show a run of the program *without* the precaution that they explain. In such a run,
-the arrow `<--` marks the step that goes wrong.
+Some comments show a run *without* the precaution that they explain. In such a run, the arrow `<--`
+marks the step that goes wrong.
 
-What this file does not do
---------------------------
+WHAT THIS FILE DOES NOT DO
 
 Tasks are lost when the process restarts. There can be only one process, because a second one would
 have its own tasks. There are no users: every client can see and cancel every task. Work that blocks
-the event loop or ignores its cancellation cannot be stopped, and `sys.exit()` in an asyncio task
-that work has created ends the server. README.md names systems without these limits, and says which
-parts of this file they replace.
+the event loop or ignores its cancellation cannot be stopped. README.md names systems without these
+limits, and says which parts of this file they replace.
 """
 
 import asyncio
@@ -72,7 +69,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Itera
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime, timezone
 from functools import lru_cache, partial
-from types import FrameType
 from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 from urllib.parse import quote
 from uuid import UUID, uuid4
@@ -87,13 +83,11 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypedDict
 
-# uvicorn configures only its own loggers, and this is a child of one of them. The INFO messages of
-# `getLogger(__name__)` would not be shown.
+# uvicorn only shows the INFO messages of its own loggers and their children.
 log = logging.getLogger("uvicorn.error.tasks")
 
 
 # === Types ========================================================================================
-#
 # A task is a plain dict with a checked type. The engine stores it and the API sends it as it is.
 # The docstrings of these classes are shown to clients in /docs.
 
@@ -157,7 +151,7 @@ class Health(TypedDict):
 
 # === Settings =====================================================================================
 
-# The upper bound is 30 years in seconds. A much larger retention would be too much for a date.
+# The bound is 30 years in seconds, because a task that expires after the year 9999 has no date.
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
 SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
@@ -182,10 +176,8 @@ class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
 
 def read_settings() -> Settings:
     """Read the `TASKS_*` variables; raise SystemExit with a line for each invalid one."""
-    values = {}
-    for variable, value in os.environ.items():
-        if variable.startswith("TASKS_"):
-            values[variable.removeprefix("TASKS_").lower()] = value
+    names = [name for name in os.environ if name.startswith("TASKS_")]
+    values = {name.removeprefix("TASKS_").lower(): os.environ[name] for name in names}
     try:
         return Settings.model_validate(values)
     except ValidationError as exc:
@@ -197,7 +189,6 @@ def read_settings() -> Settings:
 
 
 # === Errors =======================================================================================
-#
 # The manager raises subclasses of ManagerError, and the API turns them into HTTP responses.
 # TaskFailedError is different. Work raises it, and its message is stored in the task.
 
@@ -223,7 +214,7 @@ class TaskFinishedError(ManagerError):
 
 
 class UnavailableError(ManagerError):
-    """No task can be accepted now, because there is no room or no worker (503)."""
+    """The task cannot be accepted, because there is no room or no worker (503)."""
 
 
 class TaskFailedError(Exception):
@@ -236,17 +227,16 @@ INTERNAL_ERROR: TaskError = {"code": "internal_error", "message": "An internal e
 
 def describe_failure(exc: BaseException) -> TaskError:
     """Return what clients are told about an exception that ended the work of a task."""
-    # An exception group, as raised by asyncio.TaskGroup. Its first exception is the one that
-    # cancelled the rest of the group. (Python 3.10 has no class that could be matched below.)
-    group = getattr(exc, "exceptions", None)
-    if group:
-        return describe_failure(group[0])
-    match exc:
-        case TaskFailedError():
-            return {"code": "task_failed", "message": printable(exc)}
-        case _:
-            # The text of any other exception can contain secrets. Only the log shows it.
-            return INTERNAL_ERROR
+    match exc, getattr(exc, "exceptions", None):
+        case TaskFailedError(), _:
+            with suppress(BaseException):  # `str(exc)` can raise anything
+                return {"code": "task_failed", "message": printable(exc)}
+        case _, [first, *_]:
+            # An exception group, as raised by asyncio.TaskGroup. Its first exception is the one that
+            # cancelled the rest of the group.
+            return describe_failure(first)
+    # The text of any other exception can contain secrets. Only the log shows it.
+    return INTERNAL_ERROR
 
 
 def printable(text: object, length: int | None = None) -> str:
@@ -255,11 +245,10 @@ def printable(text: object, length: int | None = None) -> str:
 
 
 # === Work =========================================================================================
-#
 # Replace this section with your own work. A new task type needs a `case` here and two models below.
 
-# The task manager calls an Execute to do the work of a task. The work calls a Report with its
-# progress in percent.
+# The task manager calls an Execute to do the work of a task. The work reports its progress in
+# percent by calling a Report.
 Report: TypeAlias = Callable[[float], None]
 Execute: TypeAlias = Callable[[str, Parameters, Report], Awaitable[Any]]
 
@@ -288,7 +277,7 @@ async def execute(
             await simulate(5 * time_scale, report)
             raise TaskFailedError(parameters["message"])
         case _:
-            # Without this case, a forgotten task type would "complete" with the result None.
+            # Otherwise, a forgotten task type would "complete" with the result None.
             raise NotImplementedError(f"no work for task type {task_type!r}")
 
 
@@ -305,7 +294,6 @@ async def simulate(seconds: float, report: Report) -> None:
 
 
 # === Rate limiter =================================================================================
-#
 # At most `limit` requests in any `window` seconds: a sliding window. For each client, a deque holds
 # the times of the requests that were accepted. New times are appended on the right, old ones are
 # removed on the left, and a deque is fast at both ends. A counter that is reset every minute would
@@ -324,16 +312,15 @@ def now() -> float:
 
 
 class RateLimiter:
-    """Counts the requests of each client in a sliding window."""
+    """Allows each client `limit` requests in any `window` seconds."""
 
     def __init__(self, limit: int, window: int) -> None:
-        """Allow `limit` requests in any `window` seconds."""
         self.limit = limit
         self.window = window
         self._times: dict[str, deque[float]] = {}
-        # As written, the methods never wait while they hold the lock, so they are atomic even
-        # without it. The lock becomes necessary as soon as the times live in a store that has to be
-        # awaited, such as Redis. Otherwise:
+        # A lock lets one coroutine at a time into its `async with` blocks. As written, these blocks
+        # never wait, so they are atomic even without it. The lock becomes necessary as soon as the
+        # times live in a store that has to be awaited, such as Redis. Otherwise:
         #
         #     request 1: counts 9 requests, awaits the store
         #     request 2: counts 9 requests, awaits the store
@@ -356,10 +343,9 @@ class RateLimiter:
             left = self.limit - len(times)
             if not times:
                 return left, 0
-            # Rounded up, because after a shorter wait the client would be refused again. A rounding
-            # error of the sum must not make it longer than the window.
+            # Rounded up, because after a shorter wait the client would be refused again.
             seconds = math.ceil(times[0] + self.window - now())
-            return left, min(seconds, self.window)
+            return left, min(seconds, self.window)  # a rounding error could make it 61 s
 
     async def sweep(self) -> None:
         """Forget the clients that have no request in the window."""
@@ -371,15 +357,14 @@ class RateLimiter:
     def _recent(self, client: str) -> deque[float]:
         """Return the times of a client that are still in the window."""
         times = self._times.setdefault(client, deque())
-        # `times[0] <= now() - window` could be rounded differently from the sum in `quota`. Then
-        # some clients that have waited exactly as long as they were told would be refused.
+        # The same sum as in `quota`. `times[0] <= now() - window` could be rounded differently, and
+        # refuse a client that has waited exactly as long as it was told.
         while times and times[0] + self.window <= now():
             times.popleft()
         return times
 
 
 # === Task queue ===================================================================================
-#
 # The workers take the task that is due first. The due time of a task is the time of its submission,
 # plus 30 s (`priority_step`) for `normal` and 60 s for `low`. It never changes, so no task has to
 # wait forever:
@@ -396,8 +381,8 @@ class RateLimiter:
 
 PRIORITY_LEVELS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
-# The due time, a sequence number, and the id of the task. No two entries have the same sequence
-# number, so tasks that are due at the same time are taken in the order of their submission.
+# The due time, a sequence number, and the id of the task. The sequence number keeps tasks that are
+# due at the same time in the order of their submission.
 Entry: TypeAlias = tuple[float, int, str]
 
 
@@ -407,22 +392,18 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
     def remove(self, task_id: str) -> None:
         """Remove the entry of a task."""
         # Take all entries out, and put the others back. There is no `await`, so this is atomic.
-        others = []
-        while not self.empty():
-            entry = self.get_nowait()
+        entries = [self.get_nowait() for _ in range(self.qsize())]
+        for entry in entries:
             if entry[2] != task_id:
-                others.append(entry)
-        for entry in others:
-            self.put_nowait(entry)
+                self.put_nowait(entry)
 
 
 # === Task manager =================================================================================
-#
-# Stores the tasks and runs them. Requests, workers and the clean-up all change the same dicts. No
-# lock is needed, because no change contains an `await`.
+# Requests, workers and the clean-up all change the same dicts. No lock is needed, because no change
+# contains an `await`.
 
-# Seconds that work has for its clean-up after a timeout or at shutdown. After a DELETE, it also has
-# the rest of its timeout. Then it is abandoned: it can go on, but nothing waits for it.
+# Seconds that cancelled work has for its clean-up after its timeout or at shutdown. Then it is
+# abandoned: it can go on, but nothing waits for it.
 GRACE = 5
 
 
@@ -474,13 +455,15 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
 
 
 class TaskManager:
-    """Stores the tasks, and runs them inside `async with manager.working()`."""
+    """Stores the tasks, and runs them inside `async with manager.working()`.
+
+    `execute(task_type, parameters, report)` does the work of a task.
+    """
 
     def __init__(self, settings: Settings, execute: Execute) -> None:
-        """Create a manager without tasks; `execute` does the work of a task."""
         self._settings = settings
         self._execute = execute
-        # True while the workers are running and the server has not been told to shut down.
+        # True from the start of the workers until the server is told to shut down.
         self._accepting = False
         # All tasks by id, in the order of their submission.
         self._tasks: dict[str, Task] = {}
@@ -493,8 +476,8 @@ class TaskManager:
         self._changed_at: dict[str, float] = {}
         # The Event that the next change of a task sets, if a client has waited for that change.
         self._changed: dict[str, asyncio.Event] = {}
-        # When to remove each final task, and its id. The retention is the same for all tasks, so
-        # appending keeps this deque sorted.
+        # When to remove each final task, and its id. This is sorted, because the retention is the
+        # same for all tasks.
         self._expiring: deque[tuple[float, str]] = deque()
 
     # --- What clients ask for ---------------------------------------------------------------------
@@ -509,8 +492,8 @@ class TaskManager:
         task = new_task(task_type, json_copy(parameters), priority)
         task_id = task["task_id"]
         due = now() + PRIORITY_LEVELS[priority] * self._settings.priority_step
-        # First the queue, which can be full, so that a refused task leaves no trace. No worker can
-        # take the entry before the task is in the dict, because there is no `await` in between.
+        # First the queue, which can be full, so that a refused task leaves no trace. Without an
+        # `await`, no worker can take the entry before the task is in the dict.
         try:
             self._queue.put_nowait((due, next(self._sequence), task_id))
         except asyncio.QueueFull:
@@ -549,8 +532,7 @@ class TaskManager:
         changed = self._changed.setdefault(task_id, asyncio.Event())
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), self._settings.long_poll)
-        # `get` could fail here, because the task can have expired in the meantime.
-        return task
+        return task  # `get` could fail here, because the task can have expired in the meantime
 
     def iterate(self, status: Status | None = None) -> Iterator[Task]:
         """Yield the tasks with this status, or all tasks, in the order of their submission.
@@ -666,8 +648,7 @@ class TaskManager:
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
         """Run the workers while the body of `async with` runs. After that, all tasks are final."""
-        # A queue belongs to the first event loop that waits for it, and an app can be started again
-        # in another one.
+        # A new queue, because an app can be started again in another event loop.
         self._queue = TaskQueue(self._settings.queue_size)
         started = asyncio.Event()
         async with in_background(self._run_workers(started)):
@@ -676,9 +657,8 @@ class TaskManager:
             yield
 
     async def _run_workers(self, started: asyncio.Event) -> None:
-        """Run the workers until this is cancelled or one of them fails, then stop everything."""
-        count = self._settings.workers
-        workers = [asyncio.create_task(self._worker()) for _ in range(count)]
+        """Run the workers until this is cancelled or a worker fails, then stop everything."""
+        workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
         self._accepting = True
         started.set()
         try:
@@ -689,8 +669,8 @@ class TaskManager:
             #     gather: returns after 30 s            <-- four workers had nothing to do for 25 s
             await asyncio.gather(*workers)
         except Exception:
-            # A bug in this class. `gather` raises the first exception, and the other workers go on.
-            # All are stopped, because otherwise tasks could be queued forever.
+            # A bug in this class. All workers stop, because without any of them, tasks would be
+            # queued forever.
             log.critical("a worker failed, so all workers stop", exc_info=True)
         finally:
             self._accepting = False
@@ -701,15 +681,7 @@ class TaskManager:
             await asyncio.wait([*workers, *self._works.values()], timeout=GRACE)
 
     async def _worker(self) -> None:
-        """Run one task after the other, until cancelled."""
-        while True:
-            _, _, task_id = await self._queue.get()
-            # Awaiting `_run_task` doesn't switch before its first line, which sets the status. So a
-            # DELETE finds every task either in the queue or being processed.
-            await self._run_task(self._tasks[task_id])
-
-    async def _run_task(self, task: Task) -> None:
-        """Start the work of a task, and wait until it has ended or is abandoned.
+        """Run one task after the other, until cancelled.
 
         The work is an asyncio task of its own, so it can be cancelled without its worker. And
         `asyncio.wait` raises CancelledError only if the worker itself is cancelled. `await work`
@@ -721,18 +693,23 @@ class TaskManager:
             worker: `await work` raises CancelledError; the worker catches it and goes on
             server: waits for the worker                        <-- forever
         """
-        self._set_status(task, "processing")
-        work = asyncio.create_task(self._work(task))
-        # The dict also keeps the work alive, because the event loop has only weak references.
-        self._works[task["task_id"]] = work
-        # A callback, because abandoned work ends when its worker has already gone on.
-        work.add_done_callback(partial(self._finish, task))
-        await asyncio.wait({work}, timeout=self._settings.task_timeout)
-        if not work.done():
-            self._stop(task, "failed", TIMEOUT)
-            await asyncio.wait({work}, timeout=GRACE)
-        if not work.done():
-            log.warning("%s is abandoned, because it ignores its cancellation", label(task))
+        while True:
+            _, _, task_id = await self._queue.get()
+            # There is no `await` between these lines, so a DELETE finds every task either in the
+            # queue or being processed.
+            task = self._tasks[task_id]
+            self._set_status(task, "processing")
+            work = asyncio.create_task(self._work(task))
+            # The dict also keeps the work alive, because the event loop has only weak references.
+            self._works[task_id] = work
+            # A callback, because abandoned work ends when its worker has already gone on.
+            work.add_done_callback(partial(self._finish, task))
+            await asyncio.wait({work}, timeout=self._settings.task_timeout)
+            if not work.done():
+                self._stop(task, "failed", TIMEOUT)
+                await asyncio.wait({work}, timeout=GRACE)
+            if not work.done():
+                log.warning("%s is abandoned, because it ignores its cancellation", label(task))
 
     async def _work(self, task: Task) -> Any:
         """Do the work of a task and return the result."""
@@ -741,7 +718,7 @@ class TaskManager:
         try:
             return await self._execute(task["task_type"], parameters, report)
         except (SystemExit, KeyboardInterrupt) as exc:
-            # asyncio lets these two end the server, and `sys.exit()` in a library raises the first.
+            # asyncio lets these two end the server. `sys.exit()` in a library raises SystemExit.
             raise RuntimeError(f"the work raised {type(exc).__name__}") from exc
 
     def _report(self, task: Task, percent: float) -> None:
@@ -753,24 +730,19 @@ class TaskManager:
         """Store how the work of a task ended. The event loop calls this when it has ended."""
         del self._works[task["task_id"]]
         if work.cancelled() and (task["status"] in FINAL or not self._accepting):
-            # Cancelled by `_stop`, which has changed the status, or by asyncio after a second Ctrl-C.
-            # Any other cancellation is a bug in the work, and `result` raises it below.
+            # `_stop` has changed the status and cancelled the work, or asyncio cancels everything
+            # after a second Ctrl-C. Any other cancellation is a bug, and `result` raises it.
             self._set_status(task, "cancelled")
             return
         try:
-            self._set_status(task, "completed", result=json_copy(work.result()))
-        except BaseException as exc:  # noqa: BLE001  # work can raise anything
-            self._fail(task, exc)
-
-    def _fail(self, task: Task, exc: BaseException) -> None:
-        """Store why the work of a task failed, and log an exception that clients cannot see."""
-        try:
+            result = json_copy(work.result())
+        except BaseException as exc:  # work can raise anything
             error = describe_failure(exc)
-        except BaseException:  # noqa: BLE001  # even `str(exc)` can raise anything
-            error = INTERNAL_ERROR
-        if error is INTERNAL_ERROR:
-            log.error("%s raised an unexpected exception", label(task), exc_info=exc)
-        self._set_status(task, "failed", error=error)
+            if error is INTERNAL_ERROR:
+                log.error("%s raised an unexpected exception", label(task), exc_info=exc)
+            self._set_status(task, "failed", error=error)
+        else:
+            self._set_status(task, "completed", result=result)
 
 
 def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task:
@@ -792,12 +764,9 @@ def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task
 
 
 # === Models =======================================================================================
-#
-# Here the HTTP API begins. These models decide what clients can send. The server sends it back
-# later, so the models are strict: bounded strings refuse lone surrogates, and bounded numbers
-# refuse NaN. Unknown fields are an error, because a misspelt `priority` must not be ignored.
-#
-# A new task type needs a model for its parameters, and one for its submission in `AnySubmission`.
+# Here the HTTP API begins. These models decide what clients can send. Unknown fields are an error,
+# because a misspelt `priority` must not be ignored. A new task type needs a model for its
+# parameters, and one for its submission in `AnySubmission`.
 
 
 def check_number(value: Any) -> Any:
@@ -916,15 +885,6 @@ def problem(
     return JSONResponse(content | members, status, NO_STORE | dict(headers or {}), PROBLEM_JSON)
 
 
-def retry_after(seconds: int) -> dict[str, str]:
-    """Return a Retry-After header (RFC 9110, section 10.2.3), with at least 1 s."""
-    # Not 5, because uvicorn closes a connection after 5 idle seconds. A request that is sent at the
-    # same moment would fail.
-    if seconds == 5:
-        seconds = 6
-    return {"Retry-After": str(max(1, seconds))}
-
-
 def invalid_item(error: Mapping[str, Any]) -> dict[str, str]:
     """Convert an error of pydantic, without the value that the client has sent."""
     # For example ("query", "limit") or ("body", "compute_sum", "parameters", "numbers", 1). The
@@ -949,12 +909,11 @@ def invalid_item(error: Mapping[str, Any]) -> dict[str, str]:
     return {"detail": printable(detail, 200), "pointer": printable(pointer, 200)}
 
 
-# This is `async` although it awaits nothing, because other functions would run in a thread.
+# `async`, although it awaits nothing, because FastAPI calls other functions in a thread.
 async def handle_error(_: Request, exc: Exception) -> Response:
     """Return the response for an exception that a route has raised."""
     match exc:
         case RequestValidationError():
-            # A ValidationError of pydantic would be a bug in this file, so it is a 500.
             items = [invalid_item(error) for error in exc.errors()[:10]]
         case HTTPException() if exc.detail == UNREADABLE:
             detail = "The body should be JSON in UTF-8, without deep nesting or very long numbers."
@@ -968,14 +927,13 @@ async def handle_error(_: Request, exc: Exception) -> Response:
         case TaskFinishedError():
             return problem(409, str(exc), task=exc.task)
         case UnavailableError():
-            return problem(503, str(exc), retry_after(10))
+            return problem(503, str(exc), {"Retry-After": "10"})
         case _:
             return problem(500, "The server failed.")  # uvicorn logs the exception
     return problem(400, "The request is invalid.", errors=items)
 
 
 # === Middleware ===================================================================================
-#
 # An ASGI middleware is called with a description of the request (the scope), a function that
 # receives the body, and a function that sends the response. It calls the next application with the
 # same three, or with its own versions of them. The rate limit is a middleware, because a dependency
@@ -1001,13 +959,12 @@ class RateLimitMiddleware:
         self._policy = f'"default";q={limiter.limit};w={limiter.window}'
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application, or respond with 429."""
         path = scope.get("path", "").removeprefix(root_path(scope))
         if scope["type"] != "http" or path in FREE_PATHS:
             await self._app(scope, receive, send)
             return
-        # The address of the peer. X-Forwarded-For is not read here, because every client can send
-        # it. uvicorn reads it if it was told to trust the peer.
+        # X-Forwarded-For is not read here, because every client can send it. uvicorn reads it if it
+        # was told to trust the peer.
         host, _ = scope.get("client") or ("", 0)
         client = client_key(host)
         started = False
@@ -1026,14 +983,18 @@ class RateLimitMiddleware:
 
         if not await self._limiter.hit(client):
             _, seconds = await self._limiter.quota(client)
-            refusal = problem(429, f"Try again in {seconds} s.", retry_after(seconds))
+            # Not 5, because uvicorn closes a connection after 5 idle seconds, and a request that is
+            # sent at the same moment fails.
+            seconds = 6 if seconds == 5 else max(1, seconds)
+            wait = {"Retry-After": str(seconds)}  # RFC 9110, section 10.2.3
+            refusal = problem(429, f"Try again in {seconds} s.", wait)
             await refusal(scope, receive, send_with_headers)
             return
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
-            # A bug. Starlette would respond outside of all middleware, without the headers. The
-            # exception goes on to the log, but a handler of the user for it cannot respond.
+            # A bug. Starlette logs it, but its response would not pass through this middleware, and
+            # would have no headers.
             if not started:
                 await problem(500, "The server failed.")(scope, receive, send_with_headers)
             raise
@@ -1067,7 +1028,6 @@ class BodyLimitMiddleware:
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Call the application with a `receive` that raises HTTPException."""
         if scope["type"] != "http" or scope["method"] == "GET":
             await self._app(scope, receive, send)
             return
@@ -1093,14 +1053,6 @@ class BodyLimitMiddleware:
 
 
 # === App ==========================================================================================
-
-DESCRIPTION = """\
-Submit a task, then poll it until its status is `completed`, `failed` or `cancelled`.
-
-By default, a client can send 10 requests a minute, and a finished task can be read for 10 minutes.
-The header `RateLimit` says how many requests are left, and `Retry-After` how many seconds to wait.
-An unknown field or query parameter is an error.
-"""
 
 ERRORS = {
     400: "The request is invalid. `errors` says why.",
@@ -1137,8 +1089,7 @@ async def stream_tasks(tasks: Iterator[Task], limit: int | None) -> AsyncIterato
         if number % 100 == 0:
             yield bytes(chunk)
             chunk.clear()
-            # Sending a chunk doesn't always wait, but `sleep` always switches.
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # always switches, but sending a chunk doesn't always wait
     yield bytes(chunk) + b"\n]\n"
 
 
@@ -1207,16 +1158,16 @@ async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) 
 def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
     """Call `callback` in the event loop when a signal is received, before the current handler."""
     former = signal.getsignal(signum)
-    # Only the main thread can set a handler. Without a handler, the signal ends the process.
+    # Only the main thread can set a handler. Without a former handler, the signal ends the process.
     if threading.current_thread() is not threading.main_thread() or not callable(former):
         yield
         return
     loop = asyncio.get_running_loop()
 
-    def handle(number: int, frame: FrameType | None) -> None:
+    def handle(*args: Any) -> None:
         with suppress(RuntimeError):  # the event loop is closed, but the process goes on
             loop.call_soon_threadsafe(callback)
-        former(number, frame)
+        former(*args)
 
     signal.signal(signum, handle)
     try:
@@ -1256,7 +1207,7 @@ def create_app(settings: Settings | None = None, execute: Execute | None = None)
     handled = (RequestValidationError, HTTPException, ManagerError, Exception)
     app = FastAPI(
         title="Task manager",
-        description=DESCRIPTION,
+        description="Submit a task, then poll it until it is completed, failed or cancelled.",
         lifespan=lifespan,
         responses={"default": OTHER_ERRORS},
         exception_handlers=dict.fromkeys(handled, handle_error),
