@@ -107,10 +107,8 @@ FINAL = ("completed", "failed", "cancelled")
 
 
 class TaskError(TypedDict):
-    """Why a task failed.
-
-    `task_failed`: the work could not be done, and `message` says why. `timeout`: the work took too
-    long. `internal_error`: an error in the server, which is described in its log.
+    """Why a task failed: its work could not be done (`task_failed`; `message` says why), it took too
+    long (`timeout`), or it has a bug, which only the log describes (`internal_error`).
     """
 
     code: Literal["task_failed", "timeout", "internal_error"]
@@ -232,8 +230,7 @@ def describe_failure(exc: BaseException) -> TaskError:
             with suppress(BaseException):  # `str(exc)` can raise anything
                 return {"code": "task_failed", "message": printable(exc)}
         case _, [first, *_]:
-            # An exception group, as raised by asyncio.TaskGroup. Its first exception is the one that
-            # cancelled the rest of the group.
+            # An exception group of asyncio.TaskGroup: its first exception cancelled the others.
             return describe_failure(first)
     # The text of any other exception can contain secrets. Only the log shows it.
     return INTERNAL_ERROR
@@ -247,8 +244,7 @@ def printable(text: object, length: int | None = None) -> str:
 # === Work =========================================================================================
 # Replace this section with your own work. A new task type needs a `case` here and two models below.
 
-# The task manager calls an Execute to do the work of a task. The work reports its progress in
-# percent by calling a Report.
+# The task manager calls an Execute, which calls a Report with its progress in percent.
 Report: TypeAlias = Callable[[float], None]
 Execute: TypeAlias = Callable[[str, Parameters, Report], Awaitable[Any]]
 
@@ -302,8 +298,6 @@ async def simulate(seconds: float, report: Report) -> None:
 #     11:59:59  client: sends 10 requests, which count for the first minute
 #     12:00:00  limiter: resets the counter
 #     12:00:01  client: sends 10 requests     <-- 20 requests in two seconds
-#
-# Refused requests are not counted, so trying again doesn't delay a client.
 
 
 def now() -> float:
@@ -328,7 +322,7 @@ class RateLimiter:
         self._lock = asyncio.Lock()
 
     async def hit(self, client: str) -> bool:
-        """Count a request and return True, or return False if the limit is reached."""
+        """Count a request and return True; return False, without counting, if it is refused."""
         async with self._lock:
             times = self._recent(client)
             if len(times) >= self.limit:
@@ -402,8 +396,7 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 # Requests, workers and the clean-up all change the same dicts. No lock is needed, because no change
 # contains an `await`.
 
-# Seconds that cancelled work has for its clean-up after its timeout or at shutdown. Then it is
-# abandoned: it can go on, but nothing waits for it.
+# The seconds that cancelled work has for its clean-up. Then it is abandoned: nothing waits for it.
 GRACE = 5
 
 
@@ -455,10 +448,7 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
 
 
 class TaskManager:
-    """Stores the tasks, and runs them inside `async with manager.working()`.
-
-    `execute(task_type, parameters, report)` does the work of a task.
-    """
+    """Stores the tasks, and runs them inside `async with manager.working()`."""
 
     def __init__(self, settings: Settings, execute: Execute) -> None:
         self._settings = settings
@@ -638,10 +628,8 @@ class TaskManager:
         The work is cancelled only once, by the call that changes the status. Another CancelledError
         would interrupt the clean-up that the first one has started.
         """
-        has_changed = self._set_status(task, status, error=error)
-        work = self._works.get(task["task_id"])
-        if has_changed and work is not None:
-            work.cancel()
+        if self._set_status(task, status, error=error) and task["task_id"] in self._works:
+            self._works[task["task_id"]].cancel()
 
     # --- How the workers run a task ---------------------------------------------------------------
 
@@ -669,8 +657,7 @@ class TaskManager:
             #     gather: returns after 30 s            <-- four workers had nothing to do for 25 s
             await asyncio.gather(*workers)
         except Exception:
-            # A bug in this class. All workers stop, because without any of them, tasks would be
-            # queued forever.
+            # A bug in this class. All workers stop, so that no task is queued forever.
             log.critical("a worker failed, so all workers stop", exc_info=True)
         finally:
             self._accepting = False
@@ -771,8 +758,7 @@ def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task
 
 def check_number(value: Any) -> Any:
     """Return a number of at most 1e300 unchanged; raise PydanticCustomError for anything else."""
-    # `type`, because `isinstance(True, int)` is true. NaN fails the comparison. A sum of 1,000 such
-    # numbers is still finite.
+    # `type`, because `isinstance(True, int)` is true. NaN fails the comparison.
     if type(value) in (int, float) and abs(value) <= 1e300:
         return value
     raise PydanticCustomError("number", "Input should be a number from -1e300 to 1e300")
@@ -855,10 +841,8 @@ class Accepted(TypedDict):
 
 
 class Problem(BaseModel):
-    """An error (RFC 9457).
-
-    A `pointer` in `errors` is a JSON pointer into the body (RFC 6901), or the name of a parameter.
-    With 409, `task` is the task.
+    """An error (RFC 9457). A `pointer` in `errors` is a JSON pointer into the body (RFC 6901), or
+    the name of a parameter. With 409, `task` is the task.
     """
 
     type: Literal["about:blank"]
@@ -963,8 +947,7 @@ class RateLimitMiddleware:
         if scope["type"] != "http" or path in FREE_PATHS:
             await self._app(scope, receive, send)
             return
-        # X-Forwarded-For is not read here, because every client can send it. uvicorn reads it if it
-        # was told to trust the peer.
+        # Every client can send X-Forwarded-For. uvicorn reads it if it was told to trust the peer.
         host, _ = scope.get("client") or ("", 0)
         client = client_key(host)
         started = False
@@ -983,8 +966,7 @@ class RateLimitMiddleware:
 
         if not await self._limiter.hit(client):
             _, seconds = await self._limiter.quota(client)
-            # Not 5, because uvicorn closes a connection after 5 idle seconds, and a request that is
-            # sent at the same moment fails.
+            # Not 5, because uvicorn closes idle connections after 5 s. A request then would fail.
             seconds = 6 if seconds == 5 else max(1, seconds)
             wait = {"Retry-After": str(seconds)}  # RFC 9110, section 10.2.3
             refusal = problem(429, f"Try again in {seconds} s.", wait)
@@ -993,8 +975,7 @@ class RateLimitMiddleware:
         try:
             await self._app(scope, receive, send_with_headers)
         except Exception:
-            # A bug. Starlette logs it, but its response would not pass through this middleware, and
-            # would have no headers.
+            # A bug. Starlette handles it outside of all middleware, without adding the headers.
             if not started:
                 await problem(500, "The server failed.")(scope, receive, send_with_headers)
             raise
@@ -1179,10 +1160,7 @@ def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
 
 
 def create_app(settings: Settings | None = None, execute: Execute | None = None) -> FastAPI:
-    """Return a new app. By default, it reads its settings from the environment.
-
-    `execute(task_type, parameters, report)` does the work of a task.
-    """
+    """Return a new app. The defaults are the settings from the environment, and the work above."""
     settings = settings or read_settings()
     manager = TaskManager(settings, execute or scaled_execute(settings.time_scale))
     limiter = RateLimiter(settings.rate_limit, settings.rate_window)
@@ -1193,13 +1171,12 @@ def create_app(settings: Settings | None = None, execute: Execute | None = None)
             manager.working(),
             in_background(clean_up(manager, limiter, settings.cleanup_interval)),
         ):
-            # When the server is told to shut down:
+            # A shutdown has three steps. Without the first one, an open long poll would delay the
+            # second one by up to 10 s:
             #
             #     signal handler: wakes the long polls, then calls the handler of uvicorn
             #     uvicorn:        waits until all responses have been sent, then ends this lifespan
             #     lifespan:       cancels the timer, the tasks and the workers, and waits for them
-            #
-            # Without the first step, an open long poll would delay the second one by up to 10 s.
             stop = manager.stop_waiting
             with before_handler(signal.SIGINT, stop), before_handler(signal.SIGTERM, stop):
                 yield
