@@ -107,8 +107,8 @@ FINAL = ("completed", "failed", "cancelled")
 
 
 class TaskError(TypedDict):
-    """Why a task failed: its work could not be done (`task_failed`; `message` says why), it took too
-    long (`timeout`), or it has a bug, which only the log describes (`internal_error`).
+    """Why a task failed: its work could not be done (`task_failed`; `message` says why), it took
+    too long (`timeout`), or it has a bug, which only the log describes (`internal_error`).
     """
 
     code: Literal["task_failed", "timeout", "internal_error"]
