@@ -52,20 +52,7 @@ for exported in [name for name in os.environ if name.startswith(OF_THE_SHELL)]:
     del os.environ[exported]
 
 import main
-from main import (
-    EXAMPLES,
-    FINAL,
-    TRANSITIONS,
-    Priority,
-    RateLimiter,
-    Report,
-    Settings,
-    Status,
-    Task,
-    TaskFailedError,
-    TaskManager,
-    create_app,
-)
+from main import EXAMPLES, FINAL, TRANSITIONS, Report, Settings, Task, TaskManager, create_app
 
 if not __debug__:
     raise RuntimeError("these tests need assert statements: run them without -O")
@@ -330,7 +317,7 @@ async def complete(*_: Any) -> str:
 
 async def fail(*_: Any) -> None:
     await ticks(4)
-    raise TaskFailedError("failed")
+    raise main.TaskFailedError("failed")
 
 
 async def resist(*_: Any) -> str:
@@ -801,9 +788,9 @@ async def test_the_race_of_cancel_and_finish(work: Any) -> None:
 @parametrize("following", TRANSITIONS)
 @parametrize("status", TRANSITIONS)
 @virtual_time
-async def test_transitions(status: Status, following: Status) -> None:
+async def test_transitions(status: main.Status, following: main.Status) -> None:
     """Only the five transitions of the state diagram are possible. Others change nothing."""
-    ways: dict[Status, list[Status]] = {"queued": [], "cancelled": ["cancelled"]}
+    ways: dict[main.Status, list[main.Status]] = {"queued": [], "cancelled": ["cancelled"]}
     async with managing(forever, workers=1) as manager:
         manager.submit("test", {})
         await ticks()
@@ -843,7 +830,7 @@ async def starts(manager: TaskManager, tasks: list[Task]) -> list[float]:
 @virtual_time
 async def test_priorities(victim: int) -> None:
     """Higher priorities start first, then older tasks, whichever queued task is cancelled."""
-    priorities: list[Priority] = ["low", "normal", "high", "low", "normal", "high", "high"]
+    priorities: list[main.Priority] = ["low", "normal", "high", "low", "normal", "high", "high"]
     async with managing(one_second, workers=1) as manager:
         manager.submit("test", {})
         await ticks()
@@ -893,7 +880,7 @@ class StrangeError(BaseException):
     """Neither an Exception nor a cancellation."""
 
 
-class UnspeakableError(TaskFailedError):
+class UnspeakableError(main.TaskFailedError):
     """An exception that has no text."""
 
     def __str__(self) -> str:
@@ -917,15 +904,6 @@ def raising(exception: BaseException) -> Any:
     return work
 
 
-def returning(value: Any) -> Any:
-    """Return work that returns a value."""
-
-    async def work(*_: Any) -> Any:
-        return value
-
-    return work
-
-
 async def await_something_cancelled(*_: Any) -> None:
     part = asyncio.create_task(forever())
     asyncio.get_running_loop().call_soon(part.cancel)
@@ -943,7 +921,7 @@ async def report_a_text(_: str, __: Json, report: Any) -> None:
     report("x")
 
 
-FAILED = TaskFailedError("no disk \ud800")
+FAILED = main.TaskFailedError("no disk \ud800")
 BUGS: dict[str, Any] = {
     "ValueError": raising(ValueError("secret")),
     "SystemExit": raising(SystemExit(3)),
@@ -1004,7 +982,7 @@ async def test_two_failures_in_a_task_group(delay: float) -> None:
 
     async def child(message: str, seconds: float) -> None:
         await asyncio.sleep(seconds)
-        raise TaskFailedError(message)
+        raise main.TaskFailedError(message)
 
     async def work(*_: Any) -> None:
         async with getattr(asyncio, "TaskGroup")() as group:  # noqa: B009  # mypy on Python 3.10
@@ -1171,7 +1149,7 @@ async def test_a_value_without_a_json_form(
     """As a result, such a value fails its task, wherever it is nested. As a parameter, it is refused."""
     expected_errors.append("unexpected exception")
     value = wrap(NOT_JSON[name])
-    async with managing(returning(value)) as manager:
+    async with managing(AsyncMock(return_value=value)) as manager:
         with pytest.raises(main.InvalidJsonError):
             manager.submit("test", {"free": value})
         task = await final(manager, manager.submit("test", {}))
@@ -1201,7 +1179,7 @@ JSON = [
 @virtual_time
 async def test_a_result_with_a_json_form(value: Any, stored: Any) -> None:
     """Every value with a JSON form is a result that clients can read."""
-    async with running(returning(value)) as api:
+    async with running(AsyncMock(return_value=value)) as api:
         task = await api.final(await api.submit())
         assert task["result"] == stored
         assert await api.tasks() == [task]
@@ -1240,7 +1218,7 @@ async def test_the_timer(
     expected_errors.append("the clean-up failed")
     async with running(retention=1, cleanup_interval=30) as api:
         with monkeypatch.context() as patch:
-            patch.setattr(RateLimiter, "sweep", raising(RuntimeError("a bug")))
+            patch.setattr(main.RateLimiter, "sweep", raising(RuntimeError("a bug")))
             await asyncio.sleep(31)
         await api.cancel(await api.submit())
         await asyncio.sleep(30)
@@ -1316,7 +1294,7 @@ async def test_retry_after_is_enough() -> None:
             random = Random(seed)
             # The errors are largest where the clock passes a power of two.
             loop.moment = 2.0 ** random.randrange(6, 24) - random.uniform(0, 60)
-            limiter = RateLimiter(1, 60)
+            limiter = main.RateLimiter(1, 60)
             assert await limiter.hit("client")
             assert await limiter.quota("client") == (0, 60)
             loop.moment += random.choice([0, random.uniform(0, 30)])
@@ -1416,7 +1394,7 @@ async def test_who_shares_a_limit() -> None:
 @virtual_time
 async def test_the_limiter_forgets_quiet_clients() -> None:
     """After a sweep, the limiter keeps only the clients that have a request in the window."""
-    limiter = RateLimiter(3, 60)
+    limiter = main.RateLimiter(3, 60)
     for number in range(1000):
         await limiter.hit(f"client {number}")
     await asyncio.sleep(59)
@@ -1737,7 +1715,7 @@ async def test_the_examples_of_the_document() -> None:
     async with running(instantly) as api:
         operation = api.app.openapi()["paths"]["/tasks"]["post"]
         examples = operation["requestBody"]["content"]["application/json"]["examples"]
-        assert list(examples) == ["compute_sum", "generate_report", "simulate_failure"]
+        assert list(examples) == list(EXAMPLES)
         for task_type, example in examples.items():
             assert example["value"]["task_type"] == task_type
             assert (await api.http.post("/tasks", json=example["value"])).status_code == 202
@@ -1956,7 +1934,7 @@ async def random_work(_: str, parameters: Json, report: Report) -> None:
         report(percent)
         await asyncio.sleep(parameters["seconds"] / 3)
     if parameters["seconds"] == 3:
-        raise TaskFailedError("3")
+        raise main.TaskFailedError("3")
 
 
 async def poll(manager: TaskManager, task: Task) -> None:
