@@ -2037,7 +2037,7 @@ class Server:
         return code
 
 
-UGLY = re.compile("Traceback|never|destroyed|Warning|ERROR|CRITICAL")
+UGLY = re.compile("Traceback|never|destroyed|ResourceWarning|ERROR|CRITICAL")
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 
 
