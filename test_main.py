@@ -1970,15 +1970,14 @@ async def test_work_in_a_program() -> None:
         assert await process.wait() != 0
 
 
+PATIENCE = 18  # seconds for one step of a server; this only ends a hang
+
+
 class Server:
     """A uvicorn in a process of its own, started as in the README, under `python -X dev`."""
 
-    def __init__(self, *options: str, **settings: Any) -> None:
-        command = [
-            sys.executable,
-            *["-X", "dev", "-m", "uvicorn", "main:app", "--port", "0"],
-            *options,
-        ]
+    def __init__(self, **settings: Any) -> None:
+        command = [sys.executable, "-X", "dev", "-m", "uvicorn", "main:app", "--port", "0"]
         environment = os.environ.copy()
         for name, value in settings.items():
             environment[f"TASKS_{name.upper()}"] = str(value)
@@ -1992,14 +1991,17 @@ class Server:
     def __enter__(self) -> Self:
         """Wait until the server is listening or has ended."""
         assert self.process.stderr
+        watchdog = threading.Timer(PATIENCE, self.process.kill)
+        watchdog.start()
         for line in self.process.stderr:
             self.log += line
             found = re.search(r"running on http://127.0.0.1:(\d+)", line)
             if found:
                 self.port = int(found[1])
                 break
+        watchdog.cancel()
         url = f"http://127.0.0.1:{self.port}"
-        self.http = httpx.Client(base_url=url, timeout=60, trust_env=False)
+        self.http = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -2012,10 +2014,10 @@ class Server:
         """Submit a task that takes 30 s, and return its path."""
         return str(self.http.post("/tasks", json=SLOW).headers["location"])
 
-    def connect(self, *lines: str, body: bytes = b"") -> socket.socket:
+    def connect(self, *lines: str) -> socket.socket:
         """Open a connection and send a request; the caller closes the connection."""
-        connection = socket.create_connection(("127.0.0.1", self.port), timeout=60)
-        connection.sendall("\r\n".join([*lines, "Host: x", "", ""]).encode() + body)
+        connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
+        connection.sendall("\r\n".join([*lines, "Host: x", "", ""]).encode())
         return connection
 
     def poll(self, path: str) -> socket.socket:
@@ -2031,7 +2033,7 @@ class Server:
     def stop(self, signum: int = signal.SIGTERM) -> int:
         """End the process with a signal, and return its exit code."""
         self.process.send_signal(signum)
-        code = self.process.wait(60)
+        code = self.process.wait(PATIENCE)
         assert self.process.stderr
         self.log += self.process.stderr.read()
         return code
@@ -2093,7 +2095,7 @@ def test_shutdown_of_a_server(signum: int, code: int) -> None:
 def test_a_server_with_bad_settings() -> None:
     """The server doesn't start, and its output names each bad or unknown variable."""
     with Server(workers="many", worker=2) as server:
-        assert server.process.wait() == 1
+        assert server.process.wait(PATIENCE) == 1
         assert "TASKS_WORKERS: Input should be" in server.log
         assert "TASKS_WORKER: Extra inputs are not permitted" in server.log
         assert "Traceback" not in server.log
