@@ -1970,7 +1970,7 @@ async def test_work_in_a_program() -> None:
         assert await process.wait() != 0
 
 
-PATIENCE = 18  # seconds for one step of a server; this only ends a hang
+PATIENCE = 15  # seconds for one step of a server; this only ends a hang
 
 
 class Server:
