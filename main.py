@@ -603,7 +603,6 @@ class TaskManager:
         self._accepting = False
         for changed in self._changed.values():
             changed.set()
-        self._changed.clear()
 
     def expire(self) -> None:
         """Remove the final tasks whose retention has ended.
