@@ -292,9 +292,9 @@ def expected_errors(caplog: LogCaptureFixture) -> Iterator[list[str]]:
     records = caplog.get_records("call") + caplog.get_records("teardown")
     messages = [record.getMessage() for record in records if record.levelno >= logging.ERROR]
     for message in messages:
-        assert any(part in message for part in expected), message
+        assert any(message.endswith(part) for part in expected), message
     for part in expected:
-        assert any(part in message for message in messages), part
+        assert any(message.endswith(part) for message in messages), part
 
 
 def problem_of(response: httpx.Response, status: int) -> Json:
@@ -1107,8 +1107,7 @@ async def test_parameters_without_a_json_form_are_a_bad_request(monkeypatch: Mon
     """The client gets a 400 that points to the parameters."""
     monkeypatch.setattr(BaseModel, "model_dump", lambda _: {"free": math.nan})
     async with running() as api:
-        (error,) = problem_of(await api.post(), 400)["errors"]
-        assert error["pointer"] == "/parameters"
+        assert_one_error(await api.post(), "/parameters", "The value has no JSON form.")
 
 
 ALL_TYPES = {"a": [1.5, None, True, "\N{GRINNING FACE}"]}
@@ -1387,19 +1386,19 @@ async def test_middleware_goes_around_the_limits() -> None:
 
 NUMBER = "Input should be a number from -1e300 to 1e300"
 OBJECT = "Input should be an object, sent as application/json"
-TYPES = "Input should be one of compute_sum, generate_report, simulate_failure"
+TYPES = f"Input should be one of {', '.join(EXAMPLES)}"
 EXTRA = "Extra inputs are not permitted"
-UTF_8 = "The body should be JSON in UTF-8"
+UNREADABLE = "The body should be JSON in UTF-8, without deep nesting or very long numbers."
 BAD_NUMBERS = ["NaN", "-Infinity", "1e400", "-1.1e300", "9" * 4000, "true", "null", '"5"', "[1]"]
-# Parameters, the end of the pointer, and a part of the message.
+# Parameters, the end of the pointer, and a regular expression for the end of the message.
 BAD_PARAMETERS: dict[str, list[tuple[str, str, str]]] = {
     "compute_sum": [
         *[(f'"numbers": [1, {number}]', "numbers/1", NUMBER) for number in BAD_NUMBERS],
-        ('"numbers": []', "numbers", "at least 1 item"),
-        (f'"numbers": [{"1, " * 1000} 1]', "numbers", "at most 1000 items"),
+        ('"numbers": []', "numbers", "at least 1 item .*"),
+        (f'"numbers": [{"1, " * 1000} 1]', "numbers", "at most 1000 items .*"),
     ],
     "simulate_failure": [
-        ('"message": "\\ud800"', "message", "valid string"),
+        ('"message": "\\ud800"', "message", "valid string, .*"),
         ('"message": ""', "message", "at least 1 character"),
         ('"~a/b": 1', "~0a~1b", EXTRA),
         (f'"{"k" * 9000}": 1', "k" * 188, EXTRA),
@@ -1418,11 +1417,11 @@ BAD_BODIES: list[tuple[bytes, str, str]] = [
     (b"", "", "Field required"),
     (b'{"a":', "", "Malformed JSON at character 5: Expecting value"),
     (b"[]", "", OBJECT),
-    (b'{"task_type": "\xff"}', "", "without deep nesting"),
-    (b'{"task_type": %s}' % (b"9" * 5000), "", "very long numbers"),
-    (json.dumps(SUM).encode("utf-16"), "", UTF_8),
-    (json.dumps(SUM).encode("utf-32-be"), "", UTF_8),
-    (b'{"task_type": "simulate_failure", "\\ud800": 1}', "", "valid string"),
+    (b'{"task_type": "\xff"}', "", UNREADABLE),
+    (b'{"task_type": %s}' % (b"9" * 5000), "", UNREADABLE),
+    (json.dumps(SUM).encode("utf-16"), "", UNREADABLE),
+    (json.dumps(SUM).encode("utf-32-be"), "", UNREADABLE),
+    (b'{"task_type": "simulate_failure", "\\ud800": 1}', "", "valid string, .*"),
     (b'{"task_type": "\\ud800"}', "/task_type", TYPES),
     (b'{"parameters": {}}', "/task_type", TYPES),
     (b'{"task_type": ["compute_sum"]}', "/task_type", TYPES),
@@ -1430,7 +1429,7 @@ BAD_BODIES: list[tuple[bytes, str, str]] = [
     (b'{"task_type": "compute_sum"}', "/parameters", "Field required"),
     (b'{"task_type": "simulate_failure", "parameters": 5}', "/parameters", OBJECT),
     (b'{"task_type": "simulate_failure", "prority": 1}', "/prority", EXTRA),
-    (b'{"task_type": "simulate_failure", "priority": "x"}', "/priority", "'high'"),
+    (b'{"task_type": "simulate_failure", "priority": "x"}', "/priority", "'high', .* or 'low'"),
 ]
 
 
@@ -1445,7 +1444,7 @@ def assert_one_error(response: httpx.Response, pointer: str, detail: str) -> Non
     assert problem["detail"] == "The request is invalid."
     (error,) = problem["errors"]
     assert error["pointer"] == pointer
-    assert detail in error["detail"]
+    assert re.search(f"{detail}$", error["detail"]), error
     assert len(response.content) < 600
 
 
@@ -1512,13 +1511,13 @@ async def test_bad_queries_and_ids() -> None:
     """A bad or unknown parameter gets a 400 that names it."""
     rows = [
         ("?limit=0", "limit", "greater than or equal to 1"),
-        ("?limit=" + "9" * 5000, "limit", "integer"),
-        ("?status=%ff", "status", "'queued'"),
+        ("?limit=" + "9" * 5000, "limit", "integer, .*"),
+        ("?status=%ff", "status", "'queued', .* or 'cancelled'"),
         ("?state=failed", "state", EXTRA),
         ("?" + "k" * 5000, "k" * 200, EXTRA),
-        ("/%00", "task_id", "valid UUID"),
-        ("/" + "a" * 5000, "task_id", "valid UUID"),
-        (f"/{NO_TASK}?wait=maybe", "wait", "boolean"),
+        ("/%00", "task_id", "valid UUID, .*"),
+        ("/" + "a" * 5000, "task_id", "valid UUID, .*"),
+        (f"/{NO_TASK}?wait=maybe", "wait", "boolean, .*"),
         (f"/{NO_TASK}?wiat=true", "wiat", EXTRA),
     ]
     async with running() as api:
@@ -1619,7 +1618,7 @@ def test_the_operations_of_the_document() -> None:
             found[f"{method} {path}"] = " ".join(sorted(operation["responses"]))
             assert operation["description"]
             for status, response in operation["responses"].items():
-                assert response["description"] != "Successful Response"
+                assert response["description"].endswith(".")
                 if status in ("200", "202"):
                     schema = response["content"]["application/json"]["schema"]
                     assert "$ref" in schema or schema["items"]["$ref"].endswith("/Task")
@@ -1695,8 +1694,8 @@ def test_start_and_stop_twice() -> None:
     api = Api(create_app(Settings(rate_limit=100)))
 
     async def assert_closed() -> None:
-        problem_of(await api.post(), 503)
-        problem_of(await api.http.get("/health"), 503)
+        for response in (await api.post(), await api.http.get("/health")):
+            assert problem_of(response, 503)["detail"] == "No workers are running."
         assert await api.tasks() == []
 
     async def once() -> None:
