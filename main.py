@@ -888,7 +888,7 @@ def invalid_item(error: Mapping[str, Any]) -> dict[str, str]:
             pointer += "/" + str(key).replace("~", "~0").replace("/", "~1")
     else:
         pointer = str(path[-1])
-    # Both can contain keys of the client, of any length.
+    # Both can contain parts of the request, which can have any length.
     return {"detail": printable(detail, 200), "pointer": printable(pointer, 200)}
 
 
