@@ -18,7 +18,7 @@ FOUR FACTS ABOUT ASYNCIO
 
 1.  **Code between two awaits is atomic.** The event loop runs all coroutines in one thread. It can
     switch from one to another only where the current one has to wait: at an `await`, an `async
-    with`, an `async for`, or the `yield` of an async generator.
+    with` or an `async for`. A generator pauses at each `yield`, and its caller can wait there.
 
         if len(tasks) < 100:        # These two lines cannot be interrupted,
             tasks.append(task)      # so there are never more than 100 tasks. No lock is needed.
@@ -38,9 +38,9 @@ FOUR FACTS ABOUT ASYNCIO
 3.  **An `asyncio.Event` wakes all its waiters.** A coroutine that awaits `event.wait()` is
     suspended until another one calls `event.set()`. After that, `event.wait()` returns immediately.
 
-4.  **There are several ways to wait.** `asyncio.create_task(coroutine)` starts a coroutine without
-    waiting for it. `await asyncio_task` waits, and raises the exception that ended it.
-    `asyncio.gather` waits for several, and raises the first exception. `asyncio.wait` only waits.
+4.  **There are several ways to wait.** `asyncio.create_task(coroutine)` only schedules a coroutine.
+    `await asyncio_task` waits and returns its result or raises its exception. `asyncio.gather` does
+    this for several: it raises the first exception while others go on. `asyncio.wait` only waits.
 
 Some comments show a run *without* the precaution that they explain. In such a run, the arrow `<--`
 marks the step that goes wrong.
@@ -149,7 +149,7 @@ class Health(TypedDict):
 
 # === Settings =====================================================================================
 
-# The bound is 30 years in seconds, because a task that expires after the year 9999 has no date.
+# The upper bound keeps `expires_at` far from the year 9999, in which Python's dates end.
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
 SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
@@ -314,7 +314,7 @@ class RateLimiter:
         self._times: dict[str, deque[float]] = {}
         # A lock lets one coroutine at a time into its `async with` blocks. As written, these blocks
         # never wait, so they are atomic even without it. The lock becomes necessary as soon as the
-        # times live in a store that has to be awaited, such as Redis. Otherwise:
+        # times live in a store that has to be awaited. Otherwise:
         #
         #     request 1: counts 9 requests, awaits the store
         #     request 2: counts 9 requests, awaits the store
@@ -360,8 +360,8 @@ class RateLimiter:
 
 # === Task queue ===================================================================================
 # The workers take the task that is due first. The due time of a task is the time of its submission,
-# plus 30 s (`priority_step`) for `normal` and 60 s for `low`. It never changes, so no task has to
-# wait forever:
+# plus 30 s (`priority_step`) for `normal` and 60 s for `low`. It never changes. So a low task can
+# only be overtaken by tasks that are submitted in the next 60 s:
 #
 #     second 0   A is submitted, low:  due at 60
 #     second 59  B is submitted, high: due at 59, so it overtakes A
@@ -385,7 +385,7 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 
     def remove(self, task_id: str) -> None:
         """Remove the entry of a task."""
-        # Take all entries out, and put the others back. There is no `await`, so this is atomic.
+        # asyncio.PriorityQueue has no such method. There is no `await` here, so this is atomic.
         entries = [self.get_nowait() for _ in range(self.qsize())]
         for entry in entries:
             if entry[2] != task_id:
@@ -396,7 +396,7 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 # Requests, workers and the clean-up all change the same dicts. No lock is needed, because no change
 # contains an `await`.
 
-# The seconds that cancelled work has for its clean-up. Then it is abandoned: nothing waits for it.
+# The seconds that a worker waits for work that has timed out, and a shutdown for all work.
 GRACE = 5
 
 
@@ -414,8 +414,8 @@ def label(task: Task) -> str:
 def json_copy(value: Any) -> Any:
     """Return a copy of a value that has been converted to JSON and back; raise InvalidJsonError.
 
-    Parameters and results are stored as copies. So all that is stored can be sent, and the code
-    that a value came from cannot change the task afterwards.
+    Parameters and results are stored as copies. So everything that is stored can be sent, and the
+    code that has supplied a value cannot change the task afterwards.
     """
     try:
         text = json.dumps(value, allow_nan=False)
@@ -453,7 +453,7 @@ class TaskManager:
     def __init__(self, settings: Settings, execute: Execute) -> None:
         self._settings = settings
         self._execute = execute
-        # True from the start of the workers until the server is told to shut down.
+        # True from the start of the workers until a shutdown begins or a worker fails.
         self._accepting = False
         # All tasks by id, in the order of their submission.
         self._tasks: dict[str, Task] = {}
@@ -464,7 +464,7 @@ class TaskManager:
         self._works: dict[str, asyncio.Task[Any]] = {}
         # When the status of each task that is not final last changed.
         self._changed_at: dict[str, float] = {}
-        # The Event that the next change of a task sets, if a client has waited for that change.
+        # An Event for each task that clients wait for. The next change of the task sets it.
         self._changed: dict[str, asyncio.Event] = {}
         # When to remove each final task, and its id. This is sorted, because the retention is the
         # same for all tasks.
@@ -475,7 +475,7 @@ class TaskManager:
     def submit(self, task_type: str, parameters: Parameters, priority: Priority = "normal") -> Task:
         """Queue a new task and return it; raise UnavailableError or InvalidJsonError."""
         if not self._accepting:
-            raise UnavailableError("No workers are running.")
+            raise UnavailableError("The server does not accept tasks at the moment.")
         self.expire()
         if len(self._tasks) >= self._settings.max_tasks:
             raise UnavailableError("There are too many tasks.")
@@ -522,7 +522,7 @@ class TaskManager:
         changed = self._changed.setdefault(task_id, asyncio.Event())
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(changed.wait(), self._settings.long_poll)
-        return task  # `get` could fail here, because the task can have expired in the meantime
+        return task  # `get` could fail here, because the task may have expired in the meantime
 
     def iterate(self, status: Status | None = None) -> Iterator[Task]:
         """Yield the tasks with this status, or all tasks, in the order of their submission.
@@ -553,7 +553,7 @@ class TaskManager:
     def health(self) -> Health:
         """Return the load of the server; raise UnavailableError if no workers are running."""
         if not self._accepting:
-            raise UnavailableError("No workers are running.")
+            raise UnavailableError("The server does not accept tasks at the moment.")
         self.expire()
         statuses = [task["status"] for task in self._tasks.values()]
         return {
@@ -587,12 +587,11 @@ class TaskManager:
             self._changed_at[task_id] = now()
         else:
             finished_at = time.time()
-            retention = self._settings.retention
             task["finished_at"] = timestamp(finished_at)
-            task["expires_at"] = timestamp(finished_at + retention)
-            self._expiring.append((now() + retention, task_id))
-        # If no client is waiting, the Event that is set here is a new one, without any effect.
-        self._changed.pop(task_id, asyncio.Event()).set()
+            task["expires_at"] = timestamp(finished_at + self._settings.retention)
+            self._expiring.append((now() + self._settings.retention, task_id))
+        if task_id in self._changed:
+            self._changed.pop(task_id).set()
         # `!r` quotes the message, so a line break in it doesn't start a new line in the log.
         reason = f": {error['message']!r}" if error else ""
         log.info("%s %s after %.1f s%s", label(task), status, lasted, reason)
@@ -607,8 +606,8 @@ class TaskManager:
     def expire(self) -> None:
         """Remove the final tasks whose retention has ended.
 
-        Called before every read, so that a task disappears exactly at its `expires_at`, and by a
-        timer, so that memory is freed even if no client sends a request.
+        Called before every read, so that a task disappears as soon as its retention has ended, and
+        by a timer, so that memory is freed even if no client sends a request.
         """
         while self._expiring and self._expiring[0][0] <= now():
             _, task_id = self._expiring.popleft()
@@ -635,7 +634,7 @@ class TaskManager:
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
         """Run the workers while the body of `async with` runs. After that, all tasks are final."""
-        # A new queue, because an app can be started again in another event loop.
+        # A new queue, because the old one may belong to another event loop and hold old tasks.
         self._queue = TaskQueue(self._settings.queue_size)
         started = asyncio.Event()
         async with in_background(self._run_workers(started)):
@@ -656,7 +655,7 @@ class TaskManager:
             #     gather: returns after 30 s            <-- four workers had nothing to do for 25 s
             await asyncio.gather(*workers)
         except Exception:
-            # A bug in this class. All workers stop, so that no task is queued forever.
+            # A bug in this class. All workers stop, so clients get a 503 and don't wait forever.
             log.critical("a worker failed, so all workers stop", exc_info=True)
         finally:
             self._accepting = False
@@ -671,7 +670,7 @@ class TaskManager:
 
         The work is an asyncio task of its own, so it can be cancelled without its worker. And
         `asyncio.wait` raises CancelledError only if the worker itself is cancelled. `await work`
-        would also raise it if the work is cancelled, and the worker could not tell the difference:
+        would also raise it if the work is cancelled, and an `except` cannot tell the difference:
 
             client: sends DELETE, which cancels the work
             worker: `await work` raises CancelledError; the worker catches it and goes on
@@ -681,8 +680,8 @@ class TaskManager:
         """
         while True:
             _, _, task_id = await self._queue.get()
-            # There is no `await` between these lines, so a DELETE finds every task either in the
-            # queue or being processed.
+            # There is no `await` until the work is in the dict, so a DELETE finds every task either
+            # in the queue or being processed.
             task = self._tasks[task_id]
             self._set_status(task, "processing")
             work = asyncio.create_task(self._work(task))
@@ -708,7 +707,7 @@ class TaskManager:
             raise RuntimeError(f"the work raised {type(exc).__name__}") from exc
 
     def _report(self, task: Task, percent: float) -> None:
-        """Raise the progress of a task, to 99 at most. Ignore odd values and late reports."""
+        """Increase the progress of a task, to 99 at most. Ignore odd values and late reports."""
         if task["status"] == "processing" and task["progress"] < percent <= 100:
             task["progress"] = int(min(percent, 99))
 
@@ -856,7 +855,7 @@ class Problem(BaseModel):
 
 PROBLEM_JSON = "application/problem+json"
 NO_STORE = {"Cache-Control": "no-store"}  # because the status of a task can change at any time
-UNREADABLE = "There was an error parsing the body"  # all that FastAPI says of such a body
+UNREADABLE = "There was an error parsing the body"  # the text of FastAPI
 
 
 def problem(
@@ -876,7 +875,7 @@ def invalid_item(error: Mapping[str, Any]) -> dict[str, str]:
     detail = error["msg"]
     match error["type"]:
         case "union_tag_invalid" | "union_tag_not_found" if not path:
-            path = ["body", "task_type"]
+            path = ["", "task_type"]  # the first item is skipped below
             detail = f"Input should be one of {', '.join(EXAMPLES)}"
         case "json_invalid":
             detail = f"Malformed JSON at character {path[0]}: {error['ctx']['error']}"
@@ -953,7 +952,7 @@ class RateLimitMiddleware:
 
         async def send_with_headers(message: Message) -> None:
             nonlocal started
-            # The quota can have changed since the request, because a long poll responds late.
+            # The quota may have changed since the request, because a long poll responds late.
             if message["type"] == "http.response.start":
                 started = True
                 left, seconds = await self._limiter.quota(client)
@@ -1011,7 +1010,7 @@ class BodyLimitMiddleware:
         if scope["type"] != "http" or scope["method"] == "GET":
             await self._app(scope, receive, send)
             return
-        is_json = "json" in Headers(scope=scope).get("Content-Type", "")
+        is_json = "json" in Headers(scope=scope).get("Content-Type", "").lower()
         size = 0
 
         async def limited_receive() -> Message:
@@ -1040,7 +1039,7 @@ ERRORS = {
     409: "The task has already completed or failed.",
     413: "The body is too large.",
     429: "There were too many requests. `Retry-After` says how many seconds to wait.",
-    503: "The queue is full, or no workers are running. Try again after `Retry-After` seconds.",
+    503: "The queue is full, or no tasks are accepted. Try again after `Retry-After` seconds.",
 }
 Responses: TypeAlias = dict[int | str, dict[str, Any]]
 PROBLEM_CONTENT = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
@@ -1136,9 +1135,9 @@ async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) 
 
 @contextmanager
 def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
-    """Call `callback` in the event loop when a signal is received, before the current handler."""
+    """When a signal is received, schedule `callback`, then call the current handler."""
     former = signal.getsignal(signum)
-    # Only the main thread can set a handler. Without a former handler, the signal ends the process.
+    # Only the main thread can set a handler. If no server has set one, the signal keeps its effect.
     if threading.current_thread() is not threading.main_thread() or not callable(former):
         yield
         return
@@ -1153,7 +1152,7 @@ def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
     try:
         yield
     finally:
-        # Another app in this process can have added its own handler, which calls this one.
+        # Another app in this process may have added its own handler, which calls this one.
         if signal.getsignal(signum) is handle:
             signal.signal(signum, former)
 
@@ -1173,7 +1172,7 @@ def create_app(settings: Settings | None = None, execute: Execute | None = None)
             # A shutdown has three steps. Without the first one, an open long poll would delay the
             # second one by up to 10 s:
             #
-            #     signal handler: wakes the long polls, then calls the handler of uvicorn
+            #     signal handler: schedules `stop_waiting`, and calls the handler of uvicorn
             #     uvicorn:        waits until all responses have been sent, then ends this lifespan
             #     lifespan:       cancels the timer, the tasks and the workers, and waits for them
             stop = manager.stop_waiting

@@ -1472,6 +1472,8 @@ async def test_bad_bodies() -> None:
         deep = "[" * 30_000 + "]" * 30_000  # its message depends on the version of Python
         for body in (deep.encode(), body_of("compute_sum", f'"numbers": {deep}')):
             assert len(problem_of(await api.send(body), 400)["errors"]) == 1
+        body = json.dumps(SUM).encode("utf-16")
+        assert_one_error(await api.send(body, "application/JSON"), "", UNREADABLE)
         response = await api.post(**{f"field{number}": number for number in range(1000)})
         assert len(problem_of(response, 400)["errors"]) == 10
         assert await api.tasks() == []
@@ -1721,7 +1723,8 @@ def test_start_and_stop_twice() -> None:
 
     async def assert_closed() -> None:
         for response in (await api.post(), await api.http.get("/health")):
-            assert problem_of(response, 503)["detail"] == "No workers are running."
+            detail = problem_of(response, 503)["detail"]
+            assert detail == "The server does not accept tasks at the moment."
         assert await api.tasks() == []
 
     async def once() -> None:
