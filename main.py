@@ -838,7 +838,8 @@ class Accepted(TypedDict):
     status: Literal["queued"]
 
 
-class Problem(BaseModel):
+# Without the example, /docs would show all fields of a task for each error.
+class Problem(BaseModel, json_schema_extra={"example": {"title": "string", "status": 0}}):
     """An error (RFC 9457). A `pointer` in `errors` is a JSON pointer into the body (RFC 6901), or
     the name of a parameter. With 409, `task` is the task.
     """
