@@ -763,7 +763,8 @@ def check_number(value: Any) -> Any:
 
 
 # `int | float` would accept strings, and report two errors for each wrong value.
-Number: TypeAlias = Annotated[float, PlainValidator(check_number, json_schema_input_type=float)]
+Bounded: TypeAlias = Annotated[float, Field(ge=-1e300, le=1e300)]  # how /docs describes a number
+Number: TypeAlias = Annotated[float, PlainValidator(check_number, json_schema_input_type=Bounded)]
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 
 
