@@ -18,7 +18,7 @@ FOUR FACTS ABOUT ASYNCIO
 
 1.  **Code between two awaits is atomic.** The event loop runs all coroutines in one thread. It can
     switch from one to another only where the current one has to wait: at an `await`, an `async
-    with` or an `async for`. A generator pauses at each `yield`, and its caller can wait there.
+    with` or an `async for`. While a generator is paused at a `yield`, its caller can wait.
 
         if len(tasks) < 100:        # These two lines cannot be interrupted,
             tasks.append(task)      # so there are never more than 100 tasks. No lock is needed.
@@ -29,18 +29,18 @@ FOUR FACTS ABOUT ASYNCIO
 
     Awaiting a coroutine that never waits doesn't switch. It is like a function call.
 
-2.  **Cancellation is a request.** After `asyncio_task.cancel()`, the event loop raises
+2.  **There are several ways to wait.** `asyncio.create_task(coroutine)` only schedules a coroutine.
+    `await asyncio_task` waits and returns its result or raises its exception. `asyncio.gather` does
+    this for several: it raises the first exception while others go on. `asyncio.wait` only waits.
+
+3.  **Cancellation is a request.** After `asyncio_task.cancel()`, the event loop raises
     `asyncio.CancelledError` at the `await` where that asyncio task is suspended. The coroutine can
     clean up before it ends, and it can even ignore the request. An asyncio task that awaits another
     one, directly or through `asyncio.gather`, passes the request on to it; `asyncio.wait` does not.
     If the asyncio task has not started yet, none of its code runs, not even a `finally`.
 
-3.  **An `asyncio.Event` wakes all its waiters.** A coroutine that awaits `event.wait()` is
-    suspended until another one calls `event.set()`. After that, `event.wait()` returns immediately.
-
-4.  **There are several ways to wait.** `asyncio.create_task(coroutine)` only schedules a coroutine.
-    `await asyncio_task` waits and returns its result or raises its exception. `asyncio.gather` does
-    this for several: it raises the first exception while others go on. `asyncio.wait` only waits.
+4.  **An `asyncio.Event` wakes all its waiters.** `await event.wait()` suspends a coroutine until
+    another one calls `event.set()`. After that, `wait` returns immediately, until `event.clear()`.
 
 Some comments show a run *without* the precaution that they explain. In such a run, the arrow `<--`
 marks the step that goes wrong.
@@ -49,8 +49,8 @@ WHAT THIS FILE DOES NOT DO
 
 Tasks are lost when the process restarts. There can be only one process, because a second one would
 have its own tasks. There are no users: every client can see and cancel every task. Work that blocks
-the event loop or ignores its cancellation cannot be stopped. README.md names systems without these
-limits, and says which parts of this file they replace.
+the event loop cannot be stopped, and work that ignores its cancellation keeps its worker until 5 s
+after its timeout. README.md names systems without these limits, and what they replace here.
 """
 
 import asyncio
@@ -149,7 +149,7 @@ class Health(TypedDict):
 
 # === Settings =====================================================================================
 
-# The upper bound keeps `expires_at` far from the year 9999, in which Python's dates end.
+# With this bound, `expires_at` stays far from the year 9999, in which Python's dates end.
 Count: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
 SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
@@ -230,7 +230,7 @@ def describe_failure(exc: BaseException) -> TaskError:
             with suppress(BaseException):  # `str(exc)` can raise anything
                 return {"code": "task_failed", "message": printable(exc)}
         case _, [first, *_]:
-            # An exception group of asyncio.TaskGroup: its first exception cancelled the others.
+            # An exception group of asyncio.TaskGroup. Usually, its first one cancelled the others.
             return describe_failure(first)
     # The text of any other exception can contain secrets. Only the log shows it.
     return INTERNAL_ERROR
@@ -264,7 +264,7 @@ async def execute(
             numbers = parameters["numbers"]
             if all(isinstance(number, int) for number in numbers):
                 return sum(numbers)
-            return math.fsum(numbers)  # correctly rounded, whatever the order of the numbers
+            return math.fsum(numbers)  # rounded only once, whatever the order of the numbers
         case "generate_report":
             sections = parameters["sections"]
             await simulate(5 * sections * time_scale, report)
@@ -359,9 +359,9 @@ class RateLimiter:
 
 
 # === Task queue ===================================================================================
-# The workers take the task that is due first. The due time of a task is the time of its submission,
-# plus 30 s (`priority_step`) for `normal` and 60 s for `low`. It never changes. So a low task can
-# only be overtaken by tasks that are submitted in the next 60 s:
+# A free worker takes the task with the earliest due time, even before that time. The due time of a
+# task is the time of its submission, plus 30 s (`priority_step`) for `normal` or 60 s for `low`. It
+# never changes, so a low task can only be overtaken by tasks that are submitted in the next 60 s:
 #
 #     second 0   A is submitted, low:  due at 60
 #     second 59  B is submitted, high: due at 59, so it overtakes A
@@ -371,7 +371,7 @@ class RateLimiter:
 #
 #     client: submits 100 tasks and cancels all of them
 #     client: submits another task
-#     server: responds with 503, the queue is full           <-- of tasks that will never run
+#     server: responds with 503, the queue is full     <-- but none of its tasks will ever run
 
 PRIORITY_LEVELS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
@@ -396,7 +396,7 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 # Requests, workers and the clean-up all change the same dicts. No lock is needed, because no change
 # contains an `await`.
 
-# The seconds that a worker waits for work that has timed out, and a shutdown for all work.
+# How many seconds a worker waits for work that has timed out, and a shutdown for all work.
 GRACE = 5
 
 
@@ -512,7 +512,7 @@ class TaskManager:
             worker: sets the status to "completed"; there is no Event to set
             client: registers an Event and waits for it         <-- although the task has finished
 
-            client: reads "processing", schedules `event.wait()` as an asyncio task
+            client: reads "processing"; `wait_for` (before Python 3.12) schedules `event.wait()`
             worker: sets the status to "completed", sets the Event and clears it
             client: the asyncio task starts to wait             <-- although the task has finished
         """
@@ -607,7 +607,7 @@ class TaskManager:
         """Remove the final tasks whose retention has ended.
 
         Called before every read, so that a task disappears as soon as its retention has ended, and
-        by a timer, so that memory is freed even if no client sends a request.
+        by a timer (`clean_up`), so that memory is freed even if no client sends a request.
         """
         while self._expiring and self._expiring[0][0] <= now():
             _, task_id = self._expiring.popleft()
@@ -661,7 +661,7 @@ class TaskManager:
             self._accepting = False
             for task in self._tasks.values():
                 self._stop(task, "cancelled")
-            for worker in workers:
+            for worker in workers:  # because `gather` lets the others go on after a failure
                 worker.cancel()
             await asyncio.wait([*workers, *self._works.values()], timeout=GRACE)
 
@@ -670,7 +670,7 @@ class TaskManager:
 
         The work is an asyncio task of its own, so it can be cancelled without its worker. And
         `asyncio.wait` raises CancelledError only if the worker itself is cancelled. `await work`
-        would also raise it if the work is cancelled, and an `except` cannot tell the difference:
+        would also raise it if the work is cancelled, and it is hard to tell the difference:
 
             client: sends DELETE, which cancels the work
             worker: `await work` raises CancelledError; the worker catches it and goes on
@@ -871,8 +871,8 @@ def problem(
 
 def invalid_item(error: Mapping[str, Any]) -> dict[str, str]:
     """Convert an error of pydantic, without the value that the client has sent."""
-    # For example ("query", "limit") or ("body", "compute_sum", "parameters", "numbers", 1). The
-    # second item of a location in the body is the task type, which is not a key of the body.
+    # `loc` is for example ("query", "limit") or ("body", "compute_sum", "parameters", "numbers").
+    # In the body, its second item is the task type, which is not a key of the body.
     source, *path = error["loc"]
     detail = error["msg"]
     match error["type"]:
@@ -893,7 +893,7 @@ def invalid_item(error: Mapping[str, Any]) -> dict[str, str]:
     return {"detail": printable(detail, 200), "pointer": printable(pointer, 200)}
 
 
-# `async`, although it awaits nothing, because FastAPI calls other functions in a thread.
+# `async`, although it awaits nothing, because FastAPI would call a plain function in a thread.
 async def handle_error(_: Request, exc: Exception) -> Response:
     """Return the response for an exception that a route has raised."""
     match exc:
@@ -966,7 +966,7 @@ class RateLimitMiddleware:
 
         if not await self._limiter.hit(client):
             _, seconds = await self._limiter.quota(client)
-            # Not 5, because uvicorn closes idle connections after 5 s. A request then would fail.
+            # Not 5, because uvicorn closes idle connections after 5 s, and the request could fail.
             seconds = 6 if seconds == 5 else max(1, seconds)
             wait = {"Retry-After": str(seconds)}  # RFC 9110, section 10.2.3
             refusal = problem(429, f"Try again in {seconds} s.", wait)
@@ -1009,7 +1009,7 @@ class BodyLimitMiddleware:
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "GET":
+        if scope["type"] != "http" or scope["method"] == "GET":  # no route reads the body of a GET
             await self._app(scope, receive, send)
             return
         is_json = "json" in Headers(scope=scope).get("Content-Type", "").lower()
@@ -1041,7 +1041,7 @@ ERRORS = {
     409: "The task has already completed or failed.",
     413: "The body is too large.",
     429: "There were too many requests. `Retry-After` says how many seconds to wait.",
-    503: "The queue is full, or no tasks are accepted. Try again after `Retry-After` seconds.",
+    503: "The queue is full, or no more tasks are accepted. Try again after `Retry-After` seconds.",
 }
 Responses: TypeAlias = dict[int | str, dict[str, Any]]
 PROBLEM_CONTENT = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
