@@ -716,8 +716,8 @@ class TaskManager:
         del self._works[task["task_id"]]
         if work.cancelled() and (task["status"] in FINAL or not self._accepting):
             # `_stop` has changed the status and cancelled the work, or asyncio cancels everything
-            # after a second Ctrl-C. Any other cancellation is a bug, and `result` raises it.
-            self._set_status(task, "cancelled")
+            # after a second Ctrl-C, and `_run_workers` will change the status. Any other
+            # cancellation is a bug, and `result` raises it.
             return
         try:
             result = json_copy(work.result())
@@ -881,7 +881,7 @@ def invalid_item(error: Mapping[str, Any]) -> dict[str, str]:
             detail = f"Input should be one of {', '.join(EXAMPLES)}"
         case "json_invalid":
             detail = f"Malformed JSON at character {path[0]}: {error['ctx']['error']}"
-        case "model_type" | "model_attributes_type":
+        case "model_attributes_type":
             detail = "Input should be an object, sent as application/json"
     if source == "body":
         pointer = ""
