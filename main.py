@@ -155,7 +155,7 @@ Seconds: TypeAlias = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
 SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
 
 
-class Settings(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+class Settings(BaseModel, frozen=True, extra="forbid"):
     """The settings: `Settings(workers=2)`, or `TASKS_WORKERS=2` in the environment."""
 
     workers: Annotated[int, Field(ge=1, le=1000)] = 5  # tasks that are processed at the same time
