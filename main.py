@@ -36,7 +36,7 @@ FOUR FACTS ABOUT ASYNCIO
 3.  **Cancellation is a request.** After `asyncio_task.cancel()`, the event loop raises
     `asyncio.CancelledError` at the `await` where that asyncio task is suspended. The coroutine can
     clean up before it ends, and it can even ignore the request. An asyncio task that awaits another
-    one, directly or through `asyncio.gather`, passes the request on to it; `asyncio.wait` does not.
+    one, directly or through `asyncio.gather`, passes the request on to it. `asyncio.wait` does not.
     If the asyncio task has not started yet, none of its code runs, not even a `finally`.
 
 4.  **An `asyncio.Event` wakes all its waiters.** `await event.wait()` suspends a coroutine until
@@ -116,7 +116,7 @@ class TaskError(TypedDict):
 
 
 class Task(TypedDict):
-    """A task. It has the same fields in every state; fields that have no value yet are null.
+    """A task. It has the same fields in every state. Fields that have no value yet are null.
 
     `status` changes from `queued` to `processing`, then to `completed`, `failed` or `cancelled`.
     `progress` is a percentage, and 100 only if the task is completed. `result` is set if it is
@@ -173,7 +173,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
 
 
 def read_settings() -> Settings:
-    """Read the `TASKS_*` variables; raise SystemExit with a line for each invalid one."""
+    """Read the `TASKS_*` variables, or raise SystemExit with a line for each invalid one."""
     names = [name for name in os.environ if name.startswith("TASKS_")]
     values = {name.removeprefix("TASKS_").lower(): os.environ[name] for name in names}
     try:
@@ -225,13 +225,13 @@ INTERNAL_ERROR: TaskError = {"code": "internal_error", "message": "An internal e
 
 def describe_failure(exc: BaseException) -> TaskError:
     """Return what clients are told about an exception that ended the work of a task."""
-    match exc, getattr(exc, "exceptions", None):
-        case TaskFailedError(), _:
-            with suppress(BaseException):  # `str(exc)` can raise anything
+    with suppress(BaseException):  # an exception can fail to show its text or its parts
+        match exc, getattr(exc, "exceptions", None):
+            case TaskFailedError(), _:
                 return {"code": "task_failed", "message": printable(exc)}
-        case _, [first, *_]:
-            # An exception group of asyncio.TaskGroup. Usually, its first one cancelled the others.
-            return describe_failure(first)
+            case _, [first, *_]:
+                # A group of asyncio.TaskGroup. Usually, its first exception cancelled the others.
+                return describe_failure(first)
     # The text of any other exception can contain secrets. Only the log shows it.
     return INTERNAL_ERROR
 
@@ -322,7 +322,7 @@ class RateLimiter:
         self._lock = asyncio.Lock()
 
     async def hit(self, client: str) -> bool:
-        """Count a request and return True; return False, without counting, if it is refused."""
+        """Count a request and return True, or refuse it, without counting, and return False."""
         async with self._lock:
             times = self._recent(client)
             if len(times) >= self.limit:
@@ -412,7 +412,7 @@ def label(task: Task) -> str:
 
 
 def json_copy(value: Any) -> Any:
-    """Return a copy of a value that has been converted to JSON and back; raise InvalidJsonError.
+    """Return a copy of a value that has been converted to JSON and back, or raise InvalidJsonError.
 
     Parameters and results are stored as copies. So everything that is stored can be sent, and the
     code that has supplied a value cannot change the task afterwards.
@@ -426,7 +426,7 @@ def json_copy(value: Any) -> Any:
 
 
 def check_keys(value: Any) -> None:
-    """Raise TypeError for a key that is not a string; `json.dumps` would convert 1 to "1"."""
+    """Raise TypeError for a key that is not a string. `json.dumps` would convert 1 to "1"."""
     if isinstance(value, dict):
         if not all(isinstance(key, str) for key in value):
             raise TypeError("keys must be strings")
@@ -473,7 +473,7 @@ class TaskManager:
     # --- What clients ask for ---------------------------------------------------------------------
 
     def submit(self, task_type: str, parameters: Parameters, priority: Priority = "normal") -> Task:
-        """Queue a new task and return it; raise UnavailableError or InvalidJsonError."""
+        """Queue a new task and return it, or raise UnavailableError or InvalidJsonError."""
         if not self._accepting:
             raise UnavailableError("The server does not accept tasks at the moment.")
         self.expire()
@@ -494,14 +494,14 @@ class TaskManager:
         return task
 
     def get(self, task_id: str) -> Task:
-        """Return a task; raise TaskNotFoundError."""
+        """Return a task, or raise TaskNotFoundError."""
         self.expire()
         if task_id not in self._tasks:
             raise TaskNotFoundError(task_id)
         return self._tasks[task_id]
 
     async def wait(self, task_id: str) -> Task:
-        """Return a task as soon as its status changes; raise TaskNotFoundError.
+        """Return a task as soon as its status changes, or raise TaskNotFoundError.
 
         Return immediately if the status is final or the server is shutting down, and after
         `long_poll` seconds in any case. There is no `await` between reading the status and
@@ -541,7 +541,7 @@ class TaskManager:
                 yield task
 
     def cancel(self, task_id: str) -> Task:
-        """Cancel a task if it is not cancelled yet; raise TaskNotFoundError, TaskFinishedError."""
+        """Cancel a task and return it, or raise TaskNotFoundError or TaskFinishedError."""
         task = self.get(task_id)
         if task["status"] in ("completed", "failed"):
             raise TaskFinishedError(task)
@@ -551,7 +551,7 @@ class TaskManager:
         return task
 
     def health(self) -> Health:
-        """Return the load of the server; raise UnavailableError if no workers are running."""
+        """Return the load, or raise UnavailableError if the server does not accept tasks."""
         if not self._accepting:
             raise UnavailableError("The server does not accept tasks at the moment.")
         self.expire()
@@ -755,7 +755,7 @@ def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task
 
 
 def check_number(value: Any) -> Any:
-    """Return a number of at most 1e300 unchanged; raise PydanticCustomError for anything else."""
+    """Return a number of at most 1e300 unchanged. Raise PydanticCustomError for anything else."""
     # `type`, because `isinstance(True, int)` is true. NaN fails the comparison.
     if type(value) in (int, float) and abs(value) <= 1e300:
         return value
@@ -863,7 +863,7 @@ UNREADABLE = "There was an error parsing the body"  # the text of FastAPI
 def problem(
     status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any
 ) -> JSONResponse:
-    """Return an error response; `members` are the optional members of `Problem`."""
+    """Return an error response. `members` are the optional members of `Problem`."""
     title = http.client.responses.get(status, "Error")
     content = {"type": "about:blank", "title": title, "status": status, "detail": detail}
     return JSONResponse(content | members, status, NO_STORE | dict(headers or {}), PROBLEM_JSON)

@@ -895,6 +895,8 @@ async def report_a_text(_: str, __: Json, report: Any) -> None:
 
 
 FAILED = main.TaskFailedError("no disk \ud800")
+ENDLESS = Group()
+ENDLESS.exceptions = (ENDLESS,)
 BUGS: dict[str, Any] = {
     "ValueError": raising(ValueError("secret")),
     "SystemExit": raising(SystemExit(3)),
@@ -910,6 +912,7 @@ BUGS: dict[str, Any] = {
     "group with a bug first": raising(Group(ValueError("secret"), FAILED)),
     "strange group": raising(Group(5)),
     "empty group": raising(Group()),
+    "group that contains itself": raising(ENDLESS),
     "report of a wrong type": report_a_text,
     "not a coroutine function": lambda *_: None,
     "unknown task type": main.execute,
