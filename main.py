@@ -457,8 +457,8 @@ class TaskManager:
         self._accepting = False
         # All tasks by id, in the order of their submission.
         self._tasks: dict[str, Task] = {}
-        # The entries of the queued tasks. `working` replaces the queue.
-        self._queue = TaskQueue(settings.queue_size)
+        # The entries of the queued tasks. `working` makes the queue.
+        self._queue: TaskQueue
         self._sequence = itertools.count()
         # The asyncio tasks that do the work, by task id, until they have ended.
         self._works: dict[str, asyncio.Task[Any]] = {}
