@@ -3,15 +3,16 @@
 The first section has one short test for each part of the exercise. The others look for trouble:
 changes during a wait, races, full queues, failing work, poison values, shutdown.
 
-Tests that are decorated with `@virtual_time` run on an event loop whose clock jumps to the next
-timer instead of waiting for it. So ten minutes take no time, and a test can look at a task exactly
-at its deadline. Such a loop knows nothing of threads, programs and sockets. A test whose work uses
-one of them has to be decorated with `@real_time` instead.
+Asynchronous tests run in virtual time: on an event loop whose clock jumps to the next timer instead
+of waiting for it. So ten minutes take no time, and a test can look at a task exactly at its deadline.
+Such a loop knows nothing of threads, programs and sockets. A test whose work uses one of them has to
+be decorated with `@real_time`.
 """
 
 import asyncio
 import functools
 import gc
+import inspect
 import json
 import logging
 import math
@@ -127,16 +128,6 @@ def run(coroutine: Coroutine[Any, Any, None], seed: int | None = None) -> None:
                 task.cancel()
             loop.run_until_complete(real_sleep(0))
             loop.close()
-
-
-def virtual_time(test: Test[P]) -> Callable[P, None]:
-    """Run a test in virtual time."""
-
-    @functools.wraps(test)
-    def run_test(*args: P.args, **kwargs: P.kwargs) -> None:
-        run(test(*args, **kwargs))
-
-    return run_test
 
 
 def real_time(test: Test[P]) -> Callable[P, None]:
@@ -344,7 +335,6 @@ async def forever(*_: Any) -> None:
 # === The exercise =================================================================================
 
 
-@virtual_time
 async def test_submission() -> None:
     """A submission is accepted with 202, the id of the task, and its location."""
     async with running() as api:
@@ -356,7 +346,6 @@ async def test_submission() -> None:
         assert UUID(task_id).version == 4
 
 
-@virtual_time
 async def test_polling_with_patched_sleep() -> None:
     """A task is processed in the background, and polling shows its progress and its result."""
     slept = []
@@ -378,7 +367,6 @@ async def test_polling_with_patched_sleep() -> None:
     assert slept.count(0.5) == 10
 
 
-@virtual_time
 async def test_rate_limit() -> None:
     """The eleventh request within a minute is refused, and Retry-After says when to come back."""
     async with running(rate_limit=10) as api:
@@ -390,7 +378,6 @@ async def test_rate_limit() -> None:
         assert (await api.http.get("/tasks")).status_code == 200
 
 
-@virtual_time
 async def test_cancellation() -> None:
     """Queued and processing tasks can be cancelled, finished tasks cannot."""
     async with running(workers=1) as api:
@@ -410,7 +397,6 @@ async def test_cancellation() -> None:
         problem_of(await api.cancel(NO_TASK), 404)
 
 
-@virtual_time
 async def test_concurrency() -> None:
     """Five tasks are processed at the same time, and a free worker takes the next one."""
     async with running() as api:
@@ -419,7 +405,6 @@ async def test_concurrency() -> None:
         assert [second(task["started_at"]) for task in tasks] == [0, 0, 0, 0, 0, 5, 5]
 
 
-@virtual_time
 async def test_full_queue() -> None:
     """If the queue is full, a submission is refused with 503 and leaves no trace."""
     async with running(workers=1, queue_size=2) as api:
@@ -435,7 +420,6 @@ async def test_full_queue() -> None:
         await api.submit()
 
 
-@virtual_time
 async def test_invalid_parameters() -> None:
     """An invalid submission is refused with 400 and a pointer to the error."""
     async with running() as api:
@@ -445,7 +429,6 @@ async def test_invalid_parameters() -> None:
         assert await api.tasks() == []
 
 
-@virtual_time
 async def test_concurrent_polls() -> None:
     """All clients that wait for a task are woken in the moment in which it finishes."""
     async with running() as api:
@@ -458,7 +441,6 @@ async def test_concurrent_polls() -> None:
 
 
 @parametrize("task", [SUM, {"task_type": "simulate_failure"}, None])
-@virtual_time
 async def test_clean_up(task: Json | None) -> None:
     """A completed, failed or cancelled task can be read until its `expires_at`, not longer."""
     async with running(retention=600, cleanup_interval=100_000) as api:
@@ -479,7 +461,6 @@ async def test_clean_up(task: Json | None) -> None:
 # === Submission and results =======================================================================
 
 
-@virtual_time
 async def test_a_task_has_the_same_fields_in_every_state() -> None:
     """All twelve fields exist from queued to completed, and are null until they have a value."""
     async with running(workers=1) as api:
@@ -506,7 +487,6 @@ async def test_a_task_has_the_same_fields_in_every_state() -> None:
 
 
 @parametrize("message", ["simulated failure", "no disk"])
-@virtual_time
 async def test_a_failure(message: str) -> None:
     """simulate_failure fails after 5 s with the message of the client, or with the default one."""
     parameters = {"message": message} if message == "no disk" else {}
@@ -528,7 +508,6 @@ SUMS: list[tuple[list[float], float]] = [
 
 
 @parametrize(("numbers", "result"), SUMS)
-@virtual_time
 async def test_sums(numbers: list[float], result: float) -> None:
     """Integers stay integers, also in the parameters. The sum of floats is correctly rounded."""
     async with running() as api:
@@ -538,7 +517,6 @@ async def test_sums(numbers: list[float], result: float) -> None:
         assert repr(task["result"]) == repr(result)
 
 
-@virtual_time
 async def test_progress() -> None:
     """Progress is an integer that never falls, and odd values of the work change nothing."""
     seen: list[int] = []
@@ -555,7 +533,6 @@ async def test_progress() -> None:
     assert task["status"] == "completed"
 
 
-@virtual_time
 async def test_the_wall_clock_decides_nothing() -> None:
     """If the wall clock is set, later times change, but no deadline does."""
     async with running(retention=600) as api:
@@ -568,7 +545,6 @@ async def test_the_wall_clock_decides_nothing() -> None:
         assert await api.get(task_id) == task
 
 
-@virtual_time
 async def test_nothing_outside_can_change_a_task() -> None:
     """The caller of `submit` and the work have copies of the parameters and of the result."""
     parameters: Json = {"numbers": [1]}
@@ -592,7 +568,6 @@ async def test_nothing_outside_can_change_a_task() -> None:
 # === The list =====================================================================================
 
 
-@virtual_time
 async def test_the_list() -> None:
     """The list is in the order of submission, and `limit` is applied after the filter."""
     async with running(workers=1) as api:
@@ -615,7 +590,6 @@ async def test_the_list() -> None:
 
 
 @parametrize("count", [0, 1, 2, 99, 100, 101, 500])
-@virtual_time
 async def test_the_list_at_every_length(count: int) -> None:
     """A list is valid JSON with a task on each line, and others get a turn between its parts."""
     async with managing(forever, queue_size=1000) as manager:
@@ -638,7 +612,6 @@ async def test_the_list_at_every_length(count: int) -> None:
             assert limit or len(turns) == count // 100
 
 
-@virtual_time
 async def test_tasks_change_while_a_list_is_read() -> None:
     """A slow reader sees each task as it is when its part is made, and no expired ones."""
     async with managing(forever, queue_size=1000, retention=10) as manager:
@@ -660,7 +633,6 @@ async def test_tasks_change_while_a_list_is_read() -> None:
 # === Polling ======================================================================================
 
 
-@virtual_time
 async def test_a_long_poll_ends_with_the_change() -> None:
     """A long poll is answered at the moment of the next change, or immediately if there is none."""
     async with running(workers=1) as api:
@@ -676,7 +648,6 @@ async def test_a_long_poll_ends_with_the_change() -> None:
 
 
 @parametrize("long_poll", [0, 3, 10])
-@virtual_time
 async def test_a_long_poll_has_a_timeout(long_poll: float) -> None:
     """Without a change, a long poll returns the task after `long_poll` seconds."""
     async with running(forever, long_poll=long_poll) as api:
@@ -687,7 +658,6 @@ async def test_a_long_poll_has_a_timeout(long_poll: float) -> None:
             assert clock() == pytest.approx(long_poll)
 
 
-@virtual_time
 async def test_a_client_that_leaves() -> None:
     """If a poll is cancelled, the others go on."""
     async with managing(complete) as manager:
@@ -698,7 +668,6 @@ async def test_a_client_that_leaves() -> None:
         assert (await polls[1])["status"] == "completed"
 
 
-@virtual_time
 async def test_a_task_expires_before_its_poll_goes_on() -> None:
     """A poll returns the final task, even if it has expired before the poll could go on."""
     async with managing(forever, retention=1) as manager:
@@ -716,7 +685,6 @@ async def test_a_task_expires_before_its_poll_goes_on() -> None:
 
 
 @parametrize("interruption", ["DELETE", "timeout", "shutdown"])
-@virtual_time
 async def test_cancelled_work_cleans_up_undisturbed(interruption: str) -> None:
     """Work is cancelled only once, whatever happens during its clean-up."""
     cleaned = []
@@ -741,7 +709,6 @@ async def test_cancelled_work_cleans_up_undisturbed(interruption: str) -> None:
     assert task == cancelled
 
 
-@virtual_time
 async def test_cancelled_work_cannot_change_its_task(expected_errors: list[str]) -> None:
     """Neither progress nor an exception of cancelled work is stored. The exception is logged."""
 
@@ -785,7 +752,6 @@ async def race(work: Any, tick: int) -> None:
 
 
 @parametrize("work", [complete, fail, resist])
-@virtual_time
 async def test_the_race_of_cancel_and_finish(work: Any) -> None:
     """At whichever tick a task is cancelled, it has one end, and every client sees the same one."""
     for tick in range(16):
@@ -795,7 +761,6 @@ async def test_the_race_of_cancel_and_finish(work: Any) -> None:
 # === The queue ====================================================================================
 
 
-@virtual_time
 async def test_too_many_tasks() -> None:
     """With `max_tasks` tasks, a submission is refused until one of them has expired."""
     async with running(workers=1, max_tasks=3, retention=20) as api:
@@ -814,7 +779,6 @@ async def starts(manager: TaskManager, tasks: list[Task]) -> list[float]:
 
 
 @parametrize("victim", range(7))
-@virtual_time
 async def test_priorities(victim: int) -> None:
     """Higher priorities start first, then older tasks, whichever queued task is cancelled."""
     priorities: list[main.Priority] = ["low", "normal", "high", "low", "normal", "high", "high"]
@@ -829,7 +793,6 @@ async def test_priorities(victim: int) -> None:
 
 
 @parametrize(("later", "low_first"), [(59.5, False), (60, True), (60.5, True)])
-@virtual_time
 async def test_no_task_starves(later: float, low_first: bool) -> None:
     """A level of priority is worth 30 s: a low task can only be overtaken for 60 s."""
 
@@ -920,7 +883,6 @@ BUGS: dict[str, Any] = {
 
 
 @parametrize("name", BUGS)
-@virtual_time
 async def test_a_bug_in_the_work(name: str, expected_errors: list[str]) -> None:
     """Work with a bug has failed, the log has the exception, and the worker goes on."""
     expected_errors.append("test raised an unexpected exception")
@@ -938,7 +900,6 @@ GROUPS = [FAILED, Group(FAILED), Group(FAILED, ValueError()), Group(Group(FAILED
 
 
 @parametrize("exception", GROUPS)
-@virtual_time
 async def test_a_failure_in_a_group(exception: Exception) -> None:
     """A TaskFailedError keeps its message if it is the first exception of a group."""
     async with managing(raising(exception)) as manager:
@@ -948,7 +909,6 @@ async def test_a_failure_in_a_group(exception: Exception) -> None:
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no TaskGroup")
 @parametrize("delay", [0, 1])
-@virtual_time
 async def test_two_failures_in_a_task_group(delay: float) -> None:
     """Two failing children give the same error, whether they fail together or one by one."""
 
@@ -967,7 +927,6 @@ async def test_two_failures_in_a_task_group(delay: float) -> None:
 
 
 @parametrize(("timeout", "status"), [(4.9, "failed"), (5.1, "completed")])
-@virtual_time
 async def test_a_timeout(timeout: float, status: str) -> None:
     """A task that takes longer than `task_timeout` fails then, and the worker goes on."""
     async with running(workers=1, task_timeout=timeout) as api:
@@ -984,7 +943,6 @@ async def test_a_timeout(timeout: float, status: str) -> None:
 
 
 @parametrize("end", ["failed", "cancelled"])
-@virtual_time
 async def test_work_that_ignores_its_cancellation(end: str, caplog: LogCaptureFixture) -> None:
     """Such work keeps its worker until the timeout and 5 s of grace have passed, not longer."""
 
@@ -1010,7 +968,6 @@ async def test_work_that_ignores_its_cancellation(end: str, caplog: LogCaptureFi
 
 
 @parametrize("exception", [RuntimeError("a bug"), asyncio.CancelledError(), StrangeError()])
-@virtual_time
 async def test_a_worker_that_fails(
     exception: BaseException, monkeypatch: MonkeyPatch, expected_errors: list[str]
 ) -> None:
@@ -1091,7 +1048,6 @@ NOT_JSON: dict[str, Any] = {
 
 @parametrize("wrap", [lambda value: value, lambda value: {"a": ({"b": [value]},)}])
 @parametrize("name", NOT_JSON)
-@virtual_time
 async def test_a_value_without_a_json_form(
     name: str, wrap: Callable[[Any], Any], expected_errors: list[str]
 ) -> None:
@@ -1106,7 +1062,6 @@ async def test_a_value_without_a_json_form(
         assert json.loads(to_json(list(manager.iterate()))) == [task]
 
 
-@virtual_time
 async def test_parameters_without_a_json_form_are_a_bad_request(monkeypatch: MonkeyPatch) -> None:
     """The client gets a 400 that points to the parameters."""
     monkeypatch.setattr(BaseModel, "model_dump", lambda _: {"free": math.nan})
@@ -1124,7 +1079,6 @@ JSON = [
 
 
 @parametrize(("value", "stored"), JSON, ids=["deep", "tuples", "all types", "large"])
-@virtual_time
 async def test_a_result_with_a_json_form(value: Any, stored: Any) -> None:
     """Every value with a JSON form is a result that clients can read."""
     async with running(AsyncMock(return_value=value)) as api:
@@ -1136,7 +1090,6 @@ async def test_a_result_with_a_json_form(value: Any, stored: Any) -> None:
 # === Health, clean-up, log ========================================================================
 
 
-@virtual_time
 async def test_health() -> None:
     """/health counts the tasks by status until they expire, and must not be cached."""
     async with running(workers=1, queue_size=7, retention=10, time_scale=0.2) as api:
@@ -1158,7 +1111,6 @@ async def test_health() -> None:
         assert (await api.health())["tasks"]["cancelled"] == 0
 
 
-@virtual_time
 async def test_the_timer(
     monkeypatch: MonkeyPatch, expected_errors: list[str], caplog: LogCaptureFixture
 ) -> None:
@@ -1173,7 +1125,6 @@ async def test_the_timer(
         assert "compute_sum expired after 1.0 s" in caplog.text
 
 
-@virtual_time
 async def test_the_log(caplog: LogCaptureFixture) -> None:
     """Each step of a task is a line with its short id, its type, and how long the status lasted."""
     async with running(workers=1, retention=1) as api:
@@ -1206,7 +1157,6 @@ def naming(case: object) -> Iterator[None]:
         raise AssertionError(f"failed with {case}") from exc
 
 
-@virtual_time
 async def test_the_window_slides() -> None:
     """Every response says how many requests are left, and when there is one more."""
     async with running(rate_limit=10) as api:
@@ -1232,7 +1182,6 @@ async def test_the_window_slides() -> None:
         assert (await api.http.get(LIMITED)).headers["ratelimit"] == '"default";r=9;t=60'
 
 
-@virtual_time
 async def test_retry_after_is_enough() -> None:
     """A client that waits as long as it was told is accepted, whatever the rounding errors are."""
     loop = asyncio.get_running_loop()
@@ -1252,7 +1201,6 @@ async def test_retry_after_is_enough() -> None:
             assert await limiter.hit("client")
 
 
-@virtual_time
 async def test_retry_after_is_at_least_one_second(monkeypatch: MonkeyPatch) -> None:
     """A refused client waits for a second, even if its quota is renewed in the meantime."""
     monkeypatch.setattr(main.RateLimiter, "quota", AsyncMock(return_value=(1, 0)))
@@ -1261,7 +1209,6 @@ async def test_retry_after_is_at_least_one_second(monkeypatch: MonkeyPatch) -> N
         assert (await api.http.get(LIMITED)).headers["retry-after"] == "1"
 
 
-@virtual_time
 async def test_a_long_poll_reports_the_present_quota() -> None:
     """The headers of a response that starts late are those of the moment in which it starts."""
     async with running(workers=1, rate_limit=10) as api:
@@ -1274,7 +1221,6 @@ async def test_a_long_poll_reports_the_present_quota() -> None:
         assert (await poll).headers["ratelimit"] == '"default";r=3;t=55'
 
 
-@virtual_time
 async def test_every_response_counts() -> None:
     """Errors count like successes, but refused requests don't."""
     requests = [
@@ -1296,7 +1242,6 @@ async def test_every_response_counts() -> None:
                     assert ("retry-after" in response.headers) == (expected == 429)
 
 
-@virtual_time
 async def test_the_limit_comes_before_the_body() -> None:
     """The body of a refused request is not read, and a websocket is not limited."""
 
@@ -1314,7 +1259,6 @@ async def test_the_limit_comes_before_the_body() -> None:
     assert [call.args[0]["type"] for call in send.await_args_list] == ["websocket.close"]
 
 
-@virtual_time
 async def test_free_paths() -> None:
     """The documentation and /health neither need quota nor use it, behind a prefix too."""
     paths = ["/", "/docs", "/redoc", "/openapi.json", "/health", "/favicon.ico"]
@@ -1329,7 +1273,6 @@ async def test_free_paths() -> None:
             problem_of(await client.get(LIMITED), 429)
 
 
-@virtual_time
 async def test_who_shares_a_limit() -> None:
     """An IPv4 address, an IPv6 /64 network, and all that is neither have one limit each."""
     groups: list[list[str | None]] = [
@@ -1348,7 +1291,6 @@ async def test_who_shares_a_limit() -> None:
                 assert response.status_code == (429 if number else 404), host
 
 
-@virtual_time
 async def test_the_limiter_forgets_quiet_clients() -> None:
     """After a sweep, the limiter keeps only the clients that have a request in the window."""
     limiter = main.RateLimiter(3, 60)
@@ -1371,7 +1313,6 @@ async def chunks(size: int) -> AsyncIterator[bytes]:
         yield b"x"
 
 
-@virtual_time
 async def test_middleware_goes_around_the_limits() -> None:
     """Middleware of the user sees refusals, and CORS works for them and for preflight requests."""
     app = create_app(Settings(rate_limit=2, max_body=10))
@@ -1461,7 +1402,6 @@ def assert_one_error(response: httpx.Response, pointer: str, detail: str) -> Non
     assert len(response.content) < 600
 
 
-@virtual_time
 async def test_bad_bodies() -> None:
     """A bad body gets a short 400 that points to the error, and leaves nothing behind."""
     rows = list(BAD_BODIES)
@@ -1482,7 +1422,6 @@ async def test_bad_bodies() -> None:
         assert await api.tasks() == []
 
 
-@virtual_time
 async def test_good_bodies_at_the_bounds() -> None:
     """A body that is just valid is accepted, and the list is valid JSON afterwards."""
     bodies = [
@@ -1498,7 +1437,6 @@ async def test_good_bodies_at_the_bounds() -> None:
         assert len(await api.tasks()) == len(bodies)
 
 
-@virtual_time
 async def test_a_wrong_content_type() -> None:
     """A body that is not declared as JSON gets a 400 that says how to send it."""
     body = json.dumps(SUM).encode()
@@ -1508,7 +1446,6 @@ async def test_a_wrong_content_type() -> None:
         assert_one_error(await api.send(b"\0", "application/octet-stream"), "", OBJECT)
 
 
-@virtual_time
 async def test_the_size_of_a_body() -> None:
     """A body of one byte more than `max_body` is a 413, whether its length is declared or not."""
     async with running(max_body=1000) as api:
@@ -1524,7 +1461,6 @@ async def test_the_size_of_a_body() -> None:
         assert response.json() == []
 
 
-@virtual_time
 async def test_bad_queries_and_ids() -> None:
     """A bad or unknown parameter gets a 400 that names it."""
     rows = [
@@ -1547,7 +1483,6 @@ async def test_bad_queries_and_ids() -> None:
 # === HTTP =========================================================================================
 
 
-@virtual_time
 async def test_unknown_paths_and_methods() -> None:
     """They get a problem document, and never a redirect that contains the Host header."""
     async with running() as api:
@@ -1561,7 +1496,6 @@ async def test_unknown_paths_and_methods() -> None:
             assert response.headers["allow"], path
 
 
-@virtual_time
 async def test_links_behind_a_prefix() -> None:
     """With `--root-path` or in a mount, the location and the redirect contain the prefix."""
     prefixes = {"": "", "/api": "/api", "/a b/ü": "/a%20b/%C3%BC"}
@@ -1580,7 +1514,6 @@ async def test_links_behind_a_prefix() -> None:
         assert (await client.get("/api/")).headers["location"] == "/api/docs"
 
 
-@virtual_time
 async def test_a_bug_is_a_500(monkeypatch: MonkeyPatch) -> None:
     """A bug, even a ValidationError of pydantic, is a 500 that shows nothing."""
     with pytest.raises(ValidationError) as invalid:
@@ -1596,7 +1529,6 @@ async def test_a_bug_is_a_500(monkeypatch: MonkeyPatch) -> None:
             assert response.headers["ratelimit"]
 
 
-@virtual_time
 async def test_a_bug_in_the_middle_of_a_response(monkeypatch: MonkeyPatch) -> None:
     """The response just breaks off, and the server gets the exception for its log."""
     scope = {"type": "http", "method": "GET", "path": "/tasks", "query_string": b"", "headers": []}
@@ -1609,7 +1541,6 @@ async def test_a_bug_in_the_middle_of_a_response(monkeypatch: MonkeyPatch) -> No
     assert send.await_count == 1  # the status and the headers
 
 
-@virtual_time
 async def test_a_route_of_the_user() -> None:
     """The HTTPException of a user's route keeps its status, text and headers."""
     app = create_app(Settings())
@@ -1655,7 +1586,6 @@ def test_the_operations_of_the_document() -> None:
     assert "HTTPValidationError" not in names
 
 
-@virtual_time
 async def test_the_examples_of_the_document() -> None:
     """The examples of a submission are named by task type, and are accepted as they are."""
     async with running(instantly) as api:
@@ -1746,7 +1676,6 @@ def test_start_and_stop_twice() -> None:
 
 
 @parametrize("turns", [0, 1, 10])
-@virtual_time
 async def test_shutdown_with_tasks_and_polls(turns: int) -> None:
     """Shutdown cancels all tasks, answers their polls, and takes no time, even after the start."""
     manager = TaskManager(Settings(), forever)
@@ -1760,7 +1689,6 @@ async def test_shutdown_with_tasks_and_polls(turns: int) -> None:
     assert not asyncio_tasks()
 
 
-@virtual_time
 async def test_everything_is_cancelled_after_a_signal() -> None:
     """After a second Ctrl-C, asyncio cancels all its tasks, and the tasks are still cancelled."""
     manager = TaskManager(Settings(workers=2), forever)
@@ -1774,7 +1702,6 @@ async def test_everything_is_cancelled_after_a_signal() -> None:
         assert [task["status"] for task in tasks] == ["cancelled"] * 3
 
 
-@virtual_time
 async def test_shutdown_does_not_wait_forever() -> None:
     """Shutdown waits for the clean-up of cancelled work, but for at most 5 s."""
 
@@ -1792,7 +1719,6 @@ async def test_shutdown_does_not_wait_forever() -> None:
 
 
 @parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-@virtual_time
 async def test_a_signal_ends_the_polls(signum: int, received: list[int]) -> None:
     """A signal answers the polls, reaches the former handler, and closes the app for new tasks."""
     former = signal.getsignal(signum)
@@ -1832,7 +1758,6 @@ def test_a_signal_after_one_of_two_apps_has_ended(received: list[int]) -> None:
     assert received == [signal.SIGTERM, signal.SIGINT]
 
 
-@virtual_time
 async def test_no_handler_is_added_if_there_is_none(received: list[int]) -> None:
     """Without a server that handles signals, a signal still ends the process."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the fixture restores the handler
@@ -2120,3 +2045,21 @@ def test_a_server_with_bad_settings() -> None:
         assert re.search("^TASKS_WORKERS: Input should be ", server.log, re.MULTILINE)
         assert "\nTASKS_WORKER: Extra inputs are not permitted\n" in server.log
         assert "Traceback" not in server.log
+
+
+# === The end ======================================================================================
+
+
+def in_virtual_time(test: Test[P]) -> Callable[P, None]:
+    """Return a test that pytest can call, and that runs in virtual time."""
+
+    @functools.wraps(test)
+    def run_test(*args: P.args, **kwargs: P.kwargs) -> None:
+        run(test(*args, **kwargs))
+
+    return run_test
+
+
+for name, value in list(globals().items()):
+    if name.startswith("test_") and inspect.iscoroutinefunction(value):
+        globals()[name] = in_virtual_time(value)
