@@ -44,6 +44,7 @@ from httpx import ASGITransport, AsyncClient
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from pytest import LogCaptureFixture, MonkeyPatch
+from typing_extensions import Self
 
 # `import main` reads the settings, and the shell must not change any result.
 OF_THE_SHELL = ("TASKS_", "UVICORN_", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS", "FORCE_COLOR")
