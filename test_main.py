@@ -198,12 +198,9 @@ class Api:
         return dict(response.json())
 
     async def final(self, task_id: str) -> Json:
-        """Poll a task until its status is final."""
-        for _ in range(100):
-            task = await self.get(task_id, wait=True)
-            if task["status"] in FINAL:
-                return task
-        raise AssertionError("the task doesn't finish")
+        """Wait until the status of a task is final, and return the task."""
+        await final(self.manager, self.manager.get(task_id))
+        return await self.get(task_id)
 
     async def cancel(self, task_id: str) -> httpx.Response:
         return await self.http.delete(f"/tasks/{task_id}")
@@ -730,10 +727,6 @@ async def test_no_task_starves(later: float, low_first: bool) -> None:
 # === Workers ======================================================================================
 
 
-class StrangeError(BaseException):
-    """Neither an Exception nor a cancellation."""
-
-
 class UnspeakableError(main.TaskFailedError):
     """An exception that has no text."""
 
@@ -770,7 +763,7 @@ BUGS: dict[str, Any] = {
     "KeyboardInterrupt": raising(KeyboardInterrupt()),
     "GeneratorExit": raising(GeneratorExit()),
     "StopIteration": raising(StopIteration()),
-    "BaseException": raising(StrangeError("secret")),
+    "BaseException": raising(BaseException("secret")),
     "CancelledError": raising(asyncio.CancelledError("secret")),
     "cancels itself": cancel_itself,
     "no text": raising(UnspeakableError()),
@@ -851,7 +844,7 @@ async def test_work_that_ignores_its_cancellation(end: str, caplog: LogCaptureFi
         assert task["result"] is None
 
 
-@parametrize("exception", [RuntimeError("a bug"), asyncio.CancelledError(), StrangeError()])
+@parametrize("exception", [RuntimeError("a bug"), asyncio.CancelledError(), BaseException()])
 async def test_a_worker_that_fails(
     exception: BaseException, monkeypatch: MonkeyPatch, expected_errors: list[str]
 ) -> None:
@@ -1905,6 +1898,6 @@ def test_a_server_with_bad_settings() -> None:
 # === Virtual time for all asynchronous tests ======================================================
 
 # This has to be the end of the file, because it wraps the tests that are defined above.
-for name, test in list(globals().items()):
-    if name.startswith("test_") and inspect.iscoroutinefunction(test):
-        globals()[name] = synchronous(test, run)
+for name, function in list(globals().items()):
+    if name.startswith("test_") and inspect.iscoroutinefunction(function):
+        globals()[name] = synchronous(function, run)
