@@ -32,7 +32,7 @@ from datetime import datetime, timezone
 from http.client import HTTPResponse
 from pathlib import Path
 from random import Random
-from typing import Any, TypeAlias
+from typing import IO, Any, TypeAlias
 from unittest.mock import AsyncMock, Mock
 from uuid import UUID
 
@@ -44,7 +44,6 @@ from httpx import ASGITransport, AsyncClient
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from pytest import LogCaptureFixture, MonkeyPatch
-from typing_extensions import Self
 
 # `import main` reads the settings, and the shell must not change any result.
 OF_THE_SHELL = ("TASKS_", "UVICORN_", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS", "FORCE_COLOR")
@@ -1766,43 +1765,39 @@ async def test_work_in_a_program() -> None:
 
 
 PATIENCE = 15  # seconds for one step of a server; this only ends a hang
+UGLY = re.compile("Traceback|never|destroyed|ResourceWarning|ERROR|CRITICAL")
 
 
-class Server:
+class Server(subprocess.Popen[str]):
     """A uvicorn in a process of its own, started as in the README, under `python -X dev`."""
 
+    stderr: IO[str]
+
     def __init__(self, **settings: Any) -> None:
+        """Start the server, and wait until it is listening or has ended."""
         command = [sys.executable, "-X", "dev", "-m", "uvicorn", "main:app", "--port", "0"]
         variables = {f"TASKS_{name.upper()}": str(value) for name, value in settings.items()}
-        environment = os.environ | variables
         folder = Path(main.__file__).parent
-        self.process = subprocess.Popen(
-            command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True
-        )
-        self.log = ""
-        self.port = 0
-
-    def __enter__(self) -> Self:
-        """Wait until the server is listening or has ended."""
-        assert self.process.stderr
-        watchdog = threading.Timer(PATIENCE, self.process.kill)
+        environment = os.environ | variables
+        super().__init__(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True)
+        watchdog = threading.Timer(PATIENCE, self.kill)
         watchdog.start()
-        for line in self.process.stderr:
+        self.log = ""
+        for line in self.stderr:
             self.log += line
-            found = re.search(r"running on http://127.0.0.1:(\d+)", line)
-            if found:
-                self.port = int(found[1])
+            if "running on" in line:
                 break
         watchdog.cancel()
+        found = re.search(r"http://127.0.0.1:(\d+)", self.log)
+        self.port = int(found[1]) if found else 0
         url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False)
-        return self
 
     def __exit__(self, *_: object) -> None:
         """End the process, whatever has happened."""
         self.http.close()
-        self.process.kill()
-        self.process.communicate()
+        self.kill()
+        self.communicate()
 
     def submit(self) -> str:
         """Submit a task that takes 30 s, and return its path."""
@@ -1814,7 +1809,7 @@ class Server:
         connection.sendall("\r\n".join([*lines, "Host: x", "", ""]).encode())
         return connection
 
-    def poll(self, path: str) -> socket.socket:
+    def long_poll(self, path: str) -> socket.socket:
         """Return a connection with a long poll that the server has received."""
         poll = f"GET {path}?wait=true HTTP/1.1"
         connection = self.connect("GET /health HTTP/1.1", "Host: x", "", poll)
@@ -1825,15 +1820,14 @@ class Server:
         return connection
 
     def stop(self, signum: int = signal.SIGTERM) -> int:
-        """End the process with a signal, and return its exit code."""
-        self.process.send_signal(signum)
-        code = self.process.wait(PATIENCE)
-        assert self.process.stderr
-        self.log += self.process.stderr.read()
+        """End the process with a signal, and return its exit code. Its log must be clean."""
+        self.send_signal(signum)
+        code = self.wait(PATIENCE)
+        self.log += self.stderr.read()
+        assert not UGLY.search(self.log), self.log
         return code
 
 
-UGLY = re.compile("Traceback|never|destroyed|ResourceWarning|ERROR|CRITICAL")
 needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 
 
@@ -1843,33 +1837,26 @@ def read_all(connection: socket.socket) -> bytes:
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    """A server for the tests that only talk to it."""
-    with Server(rate_limit=100_000, queue_size=1000, long_poll=0.2) as server:
-        yield server
-        server.stop()
-        assert not UGLY.search(server.log), server.log
-
-
-def test_the_list_arrives_in_parts(server: Server) -> None:
+def test_the_list_arrives_in_parts() -> None:
     """The list is sent in several chunks, which are one JSON array together."""
-    paths = [server.submit() for _ in range(150)]
-    answer = read_all(server.connect("GET /tasks HTTP/1.1", "Connection: close"))
-    _, *parts, _ = re.split(rb"\r\n[0-9a-f]+\r\n", answer)
-    assert len(parts) >= 2
-    found = {f"/tasks/{task['task_id']}" for task in json.loads(b"".join(parts))}
-    assert found >= set(paths)
+    with Server(rate_limit=1000, queue_size=1000) as server:
+        paths = [server.submit() for _ in range(150)]
+        answer = read_all(server.connect("GET /tasks HTTP/1.1", "Connection: close"))
+        _, *parts, _ = re.split(rb"\r\n[0-9a-f]+\r\n", answer)
+        assert len(parts) >= 2
+        assert [f"/tasks/{task['task_id']}" for task in json.loads(b"".join(parts))] == paths
 
 
-def test_clients_that_disconnect(server: Server) -> None:
+def test_clients_that_disconnect() -> None:
     """A client that disconnects during a long poll, a list or its own body breaks nothing."""
-    path = server.submit()
-    server.poll(path).close()
-    server.connect("GET /tasks HTTP/1.1").close()
-    server.connect("POST /tasks HTTP/1.1", "Content-Length: 100").close()
-    assert server.http.get(f"{path}?wait=true").status_code == 200
-    assert server.http.delete(path).json()["status"] == "cancelled"
+    with Server(long_poll=0.2) as server:
+        path = server.submit()
+        server.long_poll(path).close()
+        server.connect("GET /tasks HTTP/1.1").close()
+        server.connect("POST /tasks HTTP/1.1", "Content-Length: 100").close()
+        assert server.http.get(f"{path}?wait=true").status_code == 200
+        assert server.http.delete(path).json()["status"] == "cancelled"
+        server.stop()
 
 
 @needs_signals
@@ -1878,18 +1865,17 @@ def test_shutdown_of_a_server(signum: int, code: int) -> None:
     """A signal ends the server although polls are open, cancels all tasks, and the log is clean."""
     with Server(rate_limit=10_000, long_poll=3600) as server:
         paths = [server.submit() for _ in range(20)]
-        server.poll(paths[0]).close()
-        connection = server.poll(paths[0])
+        server.long_poll(paths[0]).close()
+        connection = server.long_poll(paths[0])
         assert server.stop(signum) == code
         assert b'"status":"processing"' in read_all(connection)
         assert len(re.findall(r"INFO: +task \w{8} generate_report cancelled", server.log)) == 20
-        assert not UGLY.search(server.log), server.log
 
 
 def test_a_server_with_bad_settings() -> None:
     """The server doesn't start, and its output names each bad or unknown variable."""
     with Server(workers="many", worker=2) as server:
-        assert server.process.wait(PATIENCE) == 1
+        assert server.wait(PATIENCE) == 1
         assert re.search("^TASKS_WORKERS: Input should be ", server.log, re.MULTILINE)
         assert "\nTASKS_WORKER: Extra inputs are not permitted\n" in server.log
         assert "Traceback" not in server.log
