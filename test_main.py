@@ -3,10 +3,10 @@
 The first section has one short test for each part of the exercise. The others look for trouble:
 changes during a wait, races, full queues, failing work, poison values, shutdown.
 
-Asynchronous tests run in virtual time: on an event loop whose clock jumps to the next timer instead
-of waiting for it. So ten minutes take no time, and a test can look at a task exactly at its deadline.
-Such a loop knows nothing of threads, programs and sockets. A test whose work uses one of them has to
-be decorated with `@real_time`.
+Asynchronous tests run in virtual time, on an event loop whose clock jumps to the next timer instead
+of waiting for it. So ten minutes take no time, and a test can look at a task exactly when it times
+out. Such a loop knows nothing of threads, programs and sockets. A test whose work uses one of them
+has to be decorated with `@real_time`.
 """
 
 import asyncio
@@ -525,7 +525,7 @@ async def test_the_wall_clock_decides_nothing() -> None:
     async with running(retention=600) as api:
         task_id = await api.submit()
         await ticks()
-        time.time = lambda: BEGIN.timestamp() + 400 * 24 * 3600  # `virtual_time` restores it
+        time.time = lambda: BEGIN.timestamp() + 400 * 24 * 3600  # `run` restores it
         task = await api.final(task_id)
         assert second(task["finished_at"]) == 400 * 24 * 3600
         await asyncio.sleep(599.5)
@@ -924,7 +924,7 @@ NOT_JSON: dict[str, Any] = {
 async def test_a_value_without_a_json_form(
     name: str, wrap: Callable[[Any], Any], expected_errors: list[str]
 ) -> None:
-    """As a result, such a value fails its task, wherever it is nested. As a parameter, it is refused."""
+    """Such a value is refused as a parameter, and fails its task as a result, at any depth."""
     expected_errors.append("unexpected exception")
     value = wrap(NOT_JSON[name])
     async with managing(AsyncMock(return_value=value)) as manager:
@@ -1295,7 +1295,7 @@ async def test_good_bodies_at_the_bounds() -> None:
 
 
 async def test_content_types() -> None:
-    """A body that is not declared as JSON gets a 400 that says how to send it."""
+    """Only a body that is declared as JSON is read as JSON, and it has to be in UTF-8."""
     body = json.dumps(SUM).encode()
     async with running() as api:
         for content_type in ("text/plain", "", "application/x-www-form-urlencoded"):
