@@ -476,7 +476,7 @@ async def test_a_task_has_the_same_fields_in_every_state() -> None:
 async def test_a_failure(message: str) -> None:
     """simulate_failure fails after 5 s with the message of the client, or with the default one."""
     parameters = {"message": message} if message == "no disk" else {}
-    async with running() as api:
+    async with running(main.execute) as api:
         task = await api.final(
             await api.submit(task_type="simulate_failure", parameters=parameters)
         )
@@ -1400,6 +1400,7 @@ async def test_a_bug_in_the_middle_of_a_response(monkeypatch: MonkeyPatch) -> No
 def test_the_operations_of_the_document() -> None:
     """Each response is described, errors are problem documents, and there is no 422."""
     document = create_app(Settings()).openapi()
+    assert document["info"]["title"] == "Task manager"
     found = {}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
@@ -1420,9 +1421,18 @@ def test_the_operations_of_the_document() -> None:
         "delete /tasks/{task_id}": "200 400 404 409 429 default",
         "get /health": "200 503 default",
     }
+
+
+def test_the_schemas_of_the_document() -> None:
+    """Every schema that is used is in the document, and the bounds of numbers are too."""
+    document = create_app(Settings()).openapi()
+    schemas = document["components"]["schemas"]
     names = re.findall('"#/components/schemas/([^"]+)"', json.dumps(document))
-    assert set(names) <= set(document["components"]["schemas"])
+    assert set(names) <= set(schemas)
     assert "HTTPValidationError" not in names
+    numbers = schemas["SumParameters"]["properties"]["numbers"]
+    assert numbers["items"] == {"type": "number", "minimum": -1e300, "maximum": 1e300}
+    assert schemas["Problem"]["example"].keys() <= schemas["Problem"]["properties"].keys()
 
 
 async def test_the_examples_of_the_document() -> None:
@@ -1430,8 +1440,6 @@ async def test_the_examples_of_the_document() -> None:
     async with running(complete) as api:
         operation = api.app.openapi()["paths"]["/tasks"]["post"]
         examples = operation["requestBody"]["content"]["application/json"]["examples"]
-        problem = api.app.openapi()["components"]["schemas"]["Problem"]
-        assert problem["example"].keys() <= problem["properties"].keys()
         assert list(examples) == list(EXAMPLES)
         for task_type, example in examples.items():
             assert example["value"]["task_type"] == task_type
