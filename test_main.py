@@ -58,6 +58,7 @@ if not __debug__:
 
 parametrize = pytest.mark.parametrize
 Json: TypeAlias = dict[str, Any]
+Scenario: TypeAlias = Coroutine[Any, Any, None]
 
 # --- Virtual time ---------------------------------------------------------------------------------
 
@@ -108,7 +109,7 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             self.random.shuffle(self._ready)  # type: ignore[attr-defined]  # of BaseEventLoop
 
 
-def run(coroutine: Coroutine[Any, Any, None], seed: int | None = None) -> None:
+def run(coroutine: Scenario, seed: int | None = None) -> None:
     """Run a coroutine in virtual time, with `asyncio.sleep` and the wall clock patched."""
     loop = VirtualLoop(seed)
 
@@ -126,9 +127,14 @@ def run(coroutine: Coroutine[Any, Any, None], seed: int | None = None) -> None:
             loop.close()
 
 
-def synchronous(test: Any, run: Callable[[Coroutine[Any, Any, None]], None]) -> Any:
+def synchronous(test: Any, run: Callable[[Scenario], None]) -> Any:
     """Return a test that pytest can call, and that runs the coroutine of `test`."""
-    return functools.wraps(test)(lambda *args, **kwargs: run(test(*args, **kwargs)))
+
+    @functools.wraps(test)
+    def run_test(*args: Any, **kwargs: Any) -> None:
+        run(test(*args, **kwargs))
+
+    return run_test
 
 
 def real_time(test: Any) -> Any:
@@ -386,7 +392,8 @@ async def test_concurrency() -> None:
     async with running() as api:
         ids = [await api.submit() for _ in range(7)]
         tasks = [await api.final(task_id) for task_id in ids]
-        assert [second(task["started_at"]) for task in tasks] == [0, 0, 0, 0, 0, 5, 5]
+        starts = [second(task["started_at"]) for task in tasks]
+        assert starts == [0, 0, 0, 0, 0, 5, 5]
 
 
 async def test_full_queue() -> None:
@@ -1619,7 +1626,7 @@ async def test_no_handler_is_added_if_there_is_none(received: list[int]) -> None
 SCHEDULES = int(os.environ.get("SCHEDULES", "24"))
 
 
-def in_any_order(scenario: Callable[[Random], Coroutine[Any, Any, None]]) -> None:
+def in_any_order(scenario: Callable[[Random], Scenario]) -> None:
     """Run a scenario in many orders. Its generator is for its own choices."""
     for seed in range(SCHEDULES):
         with naming(f"seed {seed}"):
