@@ -32,7 +32,7 @@ from datetime import datetime, timezone
 from http.client import HTTPResponse
 from pathlib import Path
 from random import Random
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 from unittest.mock import AsyncMock, Mock
 from uuid import UUID
 
@@ -44,6 +44,7 @@ from httpx import ASGITransport, AsyncClient
 from pydantic import BaseModel, ValidationError
 from pydantic_core import to_json
 from pytest import LogCaptureFixture, MonkeyPatch
+from typing_extensions import Self
 
 # `import main` reads the settings, and the shell must not change any result.
 OF_THE_SHELL = ("TASKS_", "UVICORN_", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS", "FORCE_COLOR")
@@ -1783,19 +1784,20 @@ PATIENCE = 15  # seconds for one step of a server; this only ends a hang
 UGLY = re.compile("Traceback|never|destroyed|ResourceWarning|ERROR|CRITICAL")
 
 
-class Server(subprocess.Popen[str]):
+class Server:
     """A uvicorn in a process of its own, started as in the README, under `python -X dev`."""
-
-    stderr: IO[str]
 
     def __init__(self, **settings: Any) -> None:
         """Start the server, and wait until it is listening or has ended."""
         command = [sys.executable, "-X", "dev", "-m", "uvicorn", "main:app", "--port", "0"]
         variables = {f"TASKS_{name.upper()}": str(value) for name, value in settings.items()}
         folder = Path(main.__file__).parent
-        environment = os.environ | variables
-        super().__init__(command, env=environment, cwd=folder, stderr=subprocess.PIPE, text=True)
-        watchdog = threading.Timer(PATIENCE, self.kill)
+        self.process = subprocess.Popen(
+            command, env=os.environ | variables, cwd=folder, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stderr
+        self.stderr = self.process.stderr
+        watchdog = threading.Timer(PATIENCE, self.process.kill)
         watchdog.start()
         self.log = ""
         for line in self.stderr:
@@ -1808,11 +1810,14 @@ class Server(subprocess.Popen[str]):
         url = f"http://127.0.0.1:{self.port}"
         self.http = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False)
 
+    def __enter__(self) -> Self:
+        return self
+
     def __exit__(self, *_: object) -> None:
         """End the process, whatever has happened."""
         self.http.close()
-        self.kill()
-        self.communicate()
+        self.process.kill()
+        self.process.communicate()
 
     def submit(self) -> str:
         """Submit a task that takes 30 s, and return its path."""
@@ -1836,8 +1841,8 @@ class Server(subprocess.Popen[str]):
 
     def stop(self, signum: int = signal.SIGTERM) -> int:
         """End the process with a signal, and return its exit code. Its log must be clean."""
-        self.send_signal(signum)
-        code = self.wait(PATIENCE)
+        self.process.send_signal(signum)
+        code = self.process.wait(PATIENCE)
         self.log += self.stderr.read()
         assert not UGLY.search(self.log), self.log
         return code
@@ -1890,7 +1895,7 @@ def test_shutdown_of_a_server(signum: int, code: int) -> None:
 def test_a_server_with_bad_settings() -> None:
     """The server doesn't start, and its output names each bad or unknown variable."""
     with Server(workers="many", worker=2) as server:
-        assert server.wait(PATIENCE) == 1
+        assert server.process.wait(PATIENCE) == 1
         assert re.search("^TASKS_WORKERS: Input should be ", server.log, re.MULTILINE)
         assert "\nTASKS_WORKER: Extra inputs are not permitted\n" in server.log
         assert "Traceback" not in server.log
