@@ -706,7 +706,7 @@ async def starts(manager: TaskManager, tasks: list[Task]) -> list[float]:
 
 @parametrize("victim", range(7))
 async def test_priorities(victim: int) -> None:
-    """Higher priorities start first, then older tasks, whichever queued task is cancelled."""
+    """Higher priorities start first, then older tasks, also if a queued task is cancelled."""
     priorities: list[main.Priority] = ["low", "normal", "high", "low", "normal", "high", "high"]
     async with managing(hundred_seconds, workers=1, task_timeout=1000) as manager:
         manager.submit("test", {})
@@ -1055,7 +1055,7 @@ async def test_the_window_slides() -> None:
 
 
 async def test_retry_after_is_enough() -> None:
-    """A client that waits as long as it was told is accepted, whatever the rounding errors are."""
+    """A client that waits as long as it was told is accepted, despite rounding errors."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, VirtualLoop)
     for seed in range(500):
@@ -1780,7 +1780,7 @@ async def test_work_in_a_program() -> None:
         assert await process.wait() != 0
 
 
-PATIENCE = 15  # seconds for one step of a server; this only ends a hang
+PATIENCE = 15  # seconds for one step of a server, which only end a hang
 UGLY = re.compile("Traceback|never|destroyed|ResourceWarning|ERROR|CRITICAL")
 
 
@@ -1814,7 +1814,7 @@ class Server:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """End the process, whatever has happened."""
+        """End the process, even if it hangs."""
         self.http.close()
         self.process.kill()
         self.process.communicate()
@@ -1824,7 +1824,7 @@ class Server:
         return str(self.http.post("/tasks", json=SLOW).headers["location"])
 
     def connect(self, *lines: str) -> socket.socket:
-        """Open a connection and send a request; the caller closes the connection."""
+        """Send a request on a new connection, which the caller has to close."""
         connection = socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE)
         connection.sendall("\r\n".join([*lines, "Host: x", "", ""]).encode())
         return connection
