@@ -1,8 +1,8 @@
 """A rate-limited asynchronous task manager with polling, in a single file.
 
-Clients submit tasks over HTTP, poll or long-poll their status, list them and cancel them. Five
-workers take the tasks from a priority queue in memory. Read the file from top to bottom: the first
-half is the engine, which is plain asyncio, and the second half is the HTTP API around it.
+Clients submit tasks over HTTP, poll or long-poll their status, list them and cancel them. Each
+client can send 10 requests a minute. Five workers take the tasks from a priority queue in memory. A
+task that takes longer than 60 s fails. All of these numbers are settings.
 
 To run it: `uvicorn main:app --reload`, then open http://127.0.0.1:8000/docs.
 
@@ -10,40 +10,53 @@ To run it: `uvicorn main:app --reload`, then open http://127.0.0.1:8000/docs.
        |             |
        +-------------+----------> cancelled
 
-A *task* is what a client submits: a dict whose `status` moves along these arrows. The *work* of a
-task is the coroutine that computes its result. What `asyncio.create_task` returns is always called
-an *asyncio task* here.
+Read the file from top to bottom. The first half is the engine, which is plain asyncio. The second
+half, from "Models" on, is the HTTP API around it. A task passes through these functions:
+
+    submit_task     the route: validates the request
+    submit          stores the task and puts it into the queue
+    _worker         takes it from the queue and starts its work
+    execute         does the work
+    _finish         stores the result, or the reason why the work failed
+    _set_status     called at each step: changes the status, and wakes the clients in `wait`
+
+A *task* is what a client submits: a dict whose `status` moves along the arrows above. The *work* of
+a task is the coroutine that computes its result. An *asyncio task* is what `asyncio.create_task`
+returns. Some comments show a run of the program without the precaution that they explain, and the
+arrow `<--` marks the step that goes wrong.
 
 FOUR FACTS ABOUT ASYNCIO
 
 1.  **Code between two awaits is atomic.** The event loop runs all coroutines in one thread. It can
-    switch from one to another only where the current one has to wait: at an `await`, an `async
-    with` or an `async for`. While a generator is paused at a `yield`, its caller can wait.
+    switch from one to another only where the current one waits: at an `await`, an `async with` or
+    an `async for`. (A generator can be suspended at a `yield` too, because its caller can wait.)
 
         if len(tasks) < 100:        # These two lines cannot be interrupted,
             tasks.append(task)      # so there are never more than 100 tasks. No lock is needed.
 
-        if len(tasks) < 100:
-            await save(task)        # Another coroutine runs here, and also sees 99 tasks.
+        if len(tasks) < 100:        # Suppose there are 99.
+            await save(task)        # Another coroutine runs here, and counts 99 tasks as well.
             tasks.append(task)      # <-- There can be 101 tasks now.
 
-    Awaiting a coroutine that never waits doesn't switch. It is like a function call.
+    `await f()` switches only if something inside `f` waits. Otherwise it is like a function call.
+    Signal handlers and other threads can run at any time, so they must not change anything
+    themselves: they ask the event loop to do it, with `call_soon_threadsafe`.
 
-2.  **There are several ways to wait.** `asyncio.create_task(coroutine)` only schedules a coroutine.
-    `await asyncio_task` waits and returns its result or raises its exception. `asyncio.gather` does
-    this for several: it raises the first exception while others go on. `asyncio.wait` only waits.
+2.  **There are three ways to wait for an asyncio task.** `await asyncio_task` returns its result or
+    raises its exception. `await asyncio.gather(...)` does this for several. It raises the first
+    exception, and the others go on. `await asyncio.wait(...)` only waits: it raises none of their
+    exceptions.
 
-3.  **Cancellation is a request.** After `asyncio_task.cancel()`, the event loop raises
-    `asyncio.CancelledError` at the `await` where that asyncio task is suspended. The coroutine can
-    clean up before it ends, and it can even ignore the request. An asyncio task that awaits another
-    one, directly or through `asyncio.gather`, passes the request on to it. `asyncio.wait` does not.
-    If the asyncio task has not started yet, none of its code runs, not even a `finally`.
+3.  **Cancellation is a request.** After `asyncio_task.cancel()`, `asyncio.CancelledError` is raised
+    at the `await` where that asyncio task is suspended. Code that has to clean up uses a `finally`.
+    `except Exception` does not catch a CancelledError, and code that catches it should raise it
+    again, because otherwise the asyncio task goes on. If the asyncio task awaits another one,
+    directly or through `gather`, the request is passed on to that one, which can ignore it.
+    `asyncio.wait` does not pass it on. An asyncio task that is cancelled before it has started runs
+    none of its code, not even a `finally`.
 
 4.  **An `asyncio.Event` wakes all its waiters.** `await event.wait()` suspends a coroutine until
     another one calls `event.set()`. After that, `wait` returns immediately, until `event.clear()`.
-
-Some comments show a run *without* the precaution that they explain. In such a run, the arrow `<--`
-marks the step that goes wrong.
 
 WHAT THIS FILE DOES NOT DO
 
@@ -55,21 +68,23 @@ after its timeout. README.md names systems without these limits, and what they r
 
 import asyncio
 import http.client
+import inspect
 import ipaddress
 import itertools
 import json
 import logging
 import math
-import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import datetime, timezone
-from functools import lru_cache, partial
-from typing import Annotated, Any, ClassVar, Literal, TypeAlias, get_args
+from functools import partial
+from os import environ
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeAlias, Union
 from urllib.parse import quote
 from uuid import UUID, uuid4
 
@@ -78,22 +93,40 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from pydantic import BaseModel, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError, from_json, to_json
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from typing_extensions import TypedDict
+from typing_extensions import TypedDict  # pydantic needs this TypedDict before 3.12
 
-# uvicorn only shows the INFO messages of its own loggers and their children.
-log = logging.getLogger("uvicorn.error.tasks")
+
+class TaskLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # before Python 3.11, it takes none
+    """Writes to a logger, and drops a message that cannot be logged.
+
+    A logging filter of the user can raise anything, and the logger raises it here, in the middle of
+    a task. With this class, `log.info` raises nothing, so logging cannot change what happens to a task.
+    """
+
+    def log(self, *args: Any, **kwargs: Any) -> None:
+        """Log a message. All other methods call this one."""
+        with suppress(BaseException):
+            super().log(*args, **kwargs)
+
+
+# Under `uvicorn.error`, because uvicorn shows INFO messages only of its own loggers.
+log = TaskLog(logging.getLogger("uvicorn.error.tasks"))
 
 
 # === Types ========================================================================================
-# A task is a plain dict with a checked type. The engine stores it and the API sends it as it is.
-# The docstrings of these classes are shown to clients in /docs.
+# At run time, a task is a plain dict. The TypedDicts below are for type checkers and for /docs,
+# which shows their docstrings to clients.
 
 Status: TypeAlias = Literal["queued", "processing", "completed", "failed", "cancelled"]
 Priority: TypeAlias = Literal["high", "normal", "low"]
 Parameters: TypeAlias = dict[str, Any]
+
+# Strings, with a format for the clients.
+TaskId: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+Time: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 # The state diagram as data: the statuses that can follow each status.
 TRANSITIONS: Mapping[Status, tuple[Status, ...]] = {
@@ -103,7 +136,7 @@ TRANSITIONS: Mapping[Status, tuple[Status, ...]] = {
     "failed": (),
     "cancelled": (),
 }
-FINAL = ("completed", "failed", "cancelled")
+FINAL = [status for status, following in TRANSITIONS.items() if not following]
 
 
 class TaskError(TypedDict):
@@ -118,13 +151,13 @@ class TaskError(TypedDict):
 class Task(TypedDict):
     """A task. It has the same fields in every state. Fields that have no value yet are null.
 
-    `status` changes from `queued` to `processing`, then to `completed`, `failed` or `cancelled`.
-    `progress` is a percentage, and 100 only if the task is completed. `result` is set if it is
-    completed, and `error` if it has failed. All times are in UTC (RFC 3339). A finished task can be
-    read until `expires_at`.
+    `status` is `queued`, then `processing`, then `completed` or `failed`. A task that is cancelled
+    before that is `cancelled`. `progress` is a percentage, and 100 only if the task is completed.
+    `result` is set if it is completed, and `error` if it has failed. All times are in UTC
+    (RFC 3339). A finished task can be read until `expires_at`.
     """
 
-    task_id: str
+    task_id: TaskId
     task_type: str
     parameters: Parameters
     priority: Priority
@@ -132,14 +165,16 @@ class Task(TypedDict):
     progress: int
     result: Any
     error: TaskError | None
-    created_at: str
-    started_at: str | None
-    finished_at: str | None
-    expires_at: str | None
+    created_at: Time
+    started_at: Time | None
+    finished_at: Time | None
+    expires_at: Time | None
 
 
 class Health(TypedDict):
-    """The number of tasks by status, and the load. A worker with a processing task is busy."""
+    """The number of tasks by status, and the load. A worker is busy from taking a task until it
+    waits for the next one, so also while cancelled work cleans up.
+    """
 
     status: Literal["ok"]
     tasks: dict[Status, int]
@@ -149,46 +184,52 @@ class Health(TypedDict):
 
 # === Settings =====================================================================================
 
-# With this bound, `expires_at` stays far from the year 9999, in which Python's dates end.
-Count: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000_000)]
+# A billion seconds are 32 years: enough for any setting, and not too much for a date in Python.
+WholeNumber: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
-SecondsOrZero: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
+ZeroOrMore: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
     """The settings: `Settings(workers=2)`, or `TASKS_WORKERS=2` in the environment."""
 
     workers: Annotated[int, Field(ge=1, le=1000)] = 5  # tasks that are processed at the same time
-    queue_size: Count = 100  # tasks that can wait for a worker
-    max_tasks: Count = 10_000  # tasks in memory, whatever their status
-    rate_limit: Count = 10  # requests of one client in `rate_window` seconds
-    rate_window: Count = 60  # seconds, a whole number
-    long_poll: SecondsOrZero = 10  # how long `?wait=true` waits for a change
-    retention: Seconds = 600  # how long a finished task can be read
-    cleanup_interval: Seconds = 30  # between two runs of the clean-up
-    task_timeout: Seconds = 60  # for the work of a task
-    priority_step: SecondsOrZero = 30  # see the task queue
-    max_body: Count = 65_536  # bytes in the body of a request
-    time_scale: SecondsOrZero = 1  # multiplies the duration of the simulated work
+    queue_size: WholeNumber = 100  # tasks that can wait for a worker
+    max_tasks: WholeNumber = 10_000  # tasks in memory, whatever their status
+    rate_limit: WholeNumber = 10  # requests that a client can send in `rate_window` seconds
+    rate_window: WholeNumber = 60  # seconds, a whole number because a header contains it
+    long_poll: ZeroOrMore = 10  # seconds that `?wait=true` waits for a change
+    retention: Seconds = 600  # seconds that a finished task can be read
+    cleanup_interval: Seconds = 30  # seconds between two runs of the clean-up
+    task_timeout: Seconds = 60  # seconds that the work of a task can take
+    priority_step: ZeroOrMore = 30  # seconds of waiting that a level of priority is worth
+    max_body: WholeNumber = 65_536  # bytes in the body of a request
+    time_scale: ZeroOrMore = 1  # multiplies the duration of the simulated work
 
 
 def read_settings() -> Settings:
-    """Read the `TASKS_*` variables, or raise SystemExit with a line for each invalid one."""
-    names = [name for name in os.environ if name.startswith("TASKS_")]
-    values = {name.removeprefix("TASKS_").lower(): os.environ[name] for name in names}
+    """Read the `TASKS_*` variables.
+
+    If some are invalid, print a line for each of them, and raise SystemExit with the status 3. It
+    tells uvicorn and gunicorn not to start the process again.
+    """
+    known = {f"TASKS_{name.upper()}": name for name in Settings.model_fields}
+    unknown = [name for name in environ if name.startswith("TASKS_") and name not in known]
+    if unknown:
+        # Only a warning, because Kubernetes sets TASKS_PORT if there is a service called `tasks`.
+        log.warning("unknown settings are ignored: %s", ", ".join(sorted(unknown)))
+    values = {known[key]: value for key, value in environ.items() if key in known}
     try:
         return Settings.model_validate(values)
     except ValidationError as exc:
-        lines = []
         for error in exc.errors():
-            name = str(error["loc"][0])
-            lines.append(f"TASKS_{name.upper()}: {error['msg']}")
-        raise SystemExit("\n".join(lines)) from None
+            print(f"TASKS_{str(error['loc'][0]).upper()}: {error['msg']}", file=sys.stderr)
+        raise SystemExit(3) from None
 
 
 # === Errors =======================================================================================
-# The manager raises subclasses of ManagerError, and the API turns them into HTTP responses.
-# TaskFailedError is different. Work raises it, and its message is stored in the task.
+# No asyncio here. The manager raises subclasses of ManagerError, and the API turns them into HTTP
+# responses. TaskFailedError is different: work raises it, and its message is stored in the task.
 
 
 class ManagerError(Exception):
@@ -196,7 +237,7 @@ class ManagerError(Exception):
 
 
 class InvalidJsonError(ManagerError):
-    """A value has no JSON form (400, if it is a parameter)."""
+    """A value has no JSON form: the parameters of a task (400), or its result (the task fails)."""
 
 
 class TaskNotFoundError(ManagerError):
@@ -216,7 +257,7 @@ class UnavailableError(ManagerError):
 
 
 class TaskFailedError(Exception):
-    """Raised by work that cannot be done. Clients can read its message."""
+    """Work raises this to make its task fail. Clients can read the message."""
 
 
 TIMEOUT: TaskError = {"code": "timeout", "message": "The task took too long."}
@@ -225,26 +266,29 @@ INTERNAL_ERROR: TaskError = {"code": "internal_error", "message": "An internal e
 
 def describe_failure(exc: BaseException) -> TaskError:
     """Return what clients are told about an exception that ended the work of a task."""
-    with suppress(BaseException):  # an exception can fail to show its text or its parts
-        match exc, getattr(exc, "exceptions", None):
-            case TaskFailedError(), _:
+    # `suppress`, because the `__str__` of an exception can raise an exception itself.
+    with suppress(BaseException):
+        match exc:
+            case TaskFailedError():
                 return {"code": "task_failed", "message": printable(exc)}
-            case _, [first, *_]:
-                # A group of asyncio.TaskGroup. Usually, its first exception cancelled the others.
+            # The first exception of an asyncio.TaskGroup has usually cancelled the other tasks.
+            case BaseException(exceptions=[first, *_]):  # type: ignore[misc]  # new in Python 3.11
                 return describe_failure(first)
     # The text of any other exception can contain secrets. Only the log shows it.
     return INTERNAL_ERROR
 
 
 def printable(text: object, length: int | None = None) -> str:
-    """Return the beginning of a text, without the lone surrogates that UTF-8 cannot encode."""
+    """Return at most `length` characters of a text. `?` replaces those that UTF-8 cannot encode."""
     return str(text)[:length].encode(errors="replace").decode()
 
 
 # === Work =========================================================================================
-# Replace this section with your own work. A new task type needs a `case` here and two models below.
+# Replace this section with your own work. A new task type needs a `case` here, and two models in
+# the section Models: see SumParameters and SumSubmission. Your own file can do without a change of
+# this one: see `create_app`.
 
-# The task manager calls an Execute, which calls a Report with its progress in percent.
+# `Execute` is the function that does the work. It calls `Report` with its progress in percent.
 Report: TypeAlias = Callable[[float], None]
 Execute: TypeAlias = Callable[[str, Parameters, Report], Awaitable[Any]]
 
@@ -254,17 +298,18 @@ async def execute(
 ) -> Any:
     """Do the work of a task and return its result, which must have a JSON form.
 
-    `parameters` have been validated, and the work may change them. Raise TaskFailedError if the
-    work cannot be done. Never block the event loop, because everything else would have to wait:
-    call a blocking function with `await asyncio.to_thread(function, ...)`.
+    `parameters` are JSON that has been validated, and the work may change them. Raise
+    TaskFailedError if the work cannot be done. If the task is cancelled or takes too long, the
+    current `await` raises CancelledError: clean up in a `finally`, and let the exception pass.
+
+    Never block the event loop, because everything else would have to wait: call a blocking function
+    with `await asyncio.to_thread(function, ...)`. Call `report` only in the thread of the event
+    loop.
     """
     match task_type:
         case "compute_sum":
             await simulate(5 * time_scale, report)
-            numbers = parameters["numbers"]
-            if all(isinstance(number, int) for number in numbers):
-                return sum(numbers)
-            return math.fsum(numbers)  # rounded only once, whatever the order of the numbers
+            return sum(parameters["numbers"])
         case "generate_report":
             sections = parameters["sections"]
             await simulate(5 * sections * time_scale, report)
@@ -277,11 +322,6 @@ async def execute(
             raise NotImplementedError(f"no work for task type {task_type!r}")
 
 
-def scaled_execute(time_scale: float) -> Execute:
-    """Return `execute` as the task manager calls it, with three arguments."""
-    return partial(execute, time_scale=time_scale)
-
-
 async def simulate(seconds: float, report: Report) -> None:
     """Sleep in ten steps, and report the progress before each of them."""
     for percent in range(0, 100, 10):
@@ -289,11 +329,16 @@ async def simulate(seconds: float, report: Report) -> None:
         await asyncio.sleep(seconds / 10)
 
 
+def scaled_execute(time_scale: float) -> Execute:
+    """Return `execute` with the setting `time_scale`, so that it takes the three arguments only."""
+    return partial(execute, time_scale=time_scale)
+
+
 # === Rate limiter =================================================================================
 # At most `limit` requests in any `window` seconds: a sliding window. For each client, a deque holds
-# the times of the requests that were accepted. New times are appended on the right, old ones are
-# removed on the left, and a deque is fast at both ends. A counter that is reset every minute would
-# be simpler, but wrong:
+# the times at which its requests leave the window. New times are appended on the right, old ones
+# are removed on the left, and a deque is fast at both ends. A counter that is reset every minute
+# would be simpler, but wrong:
 #
 #     11:59:59  client: sends 10 requests, which count for the first minute
 #     12:00:00  limiter: resets the counter
@@ -311,61 +356,60 @@ class RateLimiter:
     def __init__(self, limit: int, window: int) -> None:
         self.limit = limit
         self.window = window
-        self._times: dict[str, deque[float]] = {}
-        # A lock lets one coroutine at a time into its `async with` blocks. As written, these blocks
-        # never wait, so they are atomic even without it. The lock becomes necessary as soon as the
-        # times live in a store that has to be awaited. Otherwise:
+        self._leaving: dict[str, deque[float]] = {}
+        # Only one coroutine at a time can be inside an `async with self._lock` block. As written,
+        # no block waits, so each is atomic even without the lock. The lock becomes necessary as
+        # soon as there is an `await` between a check and its change, for example because the times
+        # are in a database. Then, without it:
         #
-        #     request 1: counts 9 requests, awaits the store
-        #     request 2: counts 9 requests, awaits the store
+        #     request 1: counts 9 requests, awaits the database
+        #     request 2: counts 9 requests, awaits the database
         #     both:      add their own time                      <-- 11 requests are accepted
         self._lock = asyncio.Lock()
 
     async def hit(self, client: str) -> bool:
         """Count a request and return True, or refuse it, without counting, and return False."""
         async with self._lock:
-            times = self._recent(client)
+            times = self._prune(client)
             if len(times) >= self.limit:
                 return False
-            times.append(now())
+            times.append(now() + self.window)
             return True
 
     async def quota(self, client: str) -> tuple[int, int]:
         """Return how many requests are left, and the seconds until there is one more."""
         async with self._lock:
-            times = self._recent(client)
-            left = self.limit - len(times)
-            if not times:
-                return left, 0
-            # Rounded up, because after a shorter wait the client would be refused again.
-            seconds = math.ceil(times[0] + self.window - now())
-            return left, min(seconds, self.window)  # a rounding error could make it 61 s
+            times = self._prune(client)
+            # Rounded up, because after a shorter wait the client would be refused again. At most
+            # `window`, although the sum in `hit` can be rounded up too.
+            seconds = math.ceil(times[0] - now()) if times else 0
+            return self.limit - len(times), min(seconds, self.window)
 
     async def sweep(self) -> None:
         """Forget the clients that have no request in the window."""
         async with self._lock:
-            for client in list(self._times):
-                if not self._recent(client):
-                    del self._times[client]
+            for client in list(self._leaving):  # a copy, because the loop deletes keys
+                if not self._prune(client):
+                    del self._leaving[client]
 
-    def _recent(self, client: str) -> deque[float]:
-        """Return the times of a client that are still in the window."""
-        times = self._times.setdefault(client, deque())
-        # The same sum as in `quota`. `times[0] <= now() - window` could be rounded differently, and
-        # refuse a client that has waited exactly as long as it was told.
-        while times and times[0] + self.window <= now():
+    def _prune(self, client: str) -> deque[float]:
+        """Remove the requests of a client that have left the window, and return the others."""
+        times = self._leaving.setdefault(client, deque())
+        while times and times[0] <= now():
             times.popleft()
         return times
 
 
 # === Task queue ===================================================================================
-# A free worker takes the task with the earliest due time, even before that time. The due time of a
-# task is the time of its submission, plus 30 s (`priority_step`) for `normal` or 60 s for `low`. It
-# never changes, so a low task can only be overtaken by tasks that are submitted in the next 60 s:
+# If a free worker always took a high task first, a low task would starve: it would never run while
+# high tasks keep coming. So each task has a rank, which is the time of its submission plus a
+# handicap of 30 s (`priority_step`) for `normal` or 60 s for `low`. A free worker takes the task
+# with the lowest rank. A low task can only be overtaken by tasks that are submitted in the next
+# 60 s:
 #
-#     second 0   A is submitted, low:  due at 60
-#     second 59  B is submitted, high: due at 59, so it overtakes A
-#     second 61  C is submitted, high: due at 61, so it does not
+#     second 0   A is submitted, low:  rank 60
+#     second 59  B is submitted, high: rank 59, so it overtakes A
+#     second 61  C is submitted, high: rank 61, so it does not
 #
 # A cancelled task is removed from the queue immediately. Otherwise:
 #
@@ -373,11 +417,15 @@ class RateLimiter:
 #     client: submits another task
 #     server: responds with 503, the queue is full     <-- but none of its tasks will ever run
 
-PRIORITY_LEVELS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
+LEVELS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
-# The due time, a sequence number, and the id of the task. The sequence number keeps tasks that are
-# due at the same time in the order of their submission.
-Entry: TypeAlias = tuple[float, int, str]
+
+class Entry(NamedTuple):
+    """A queued task. The queue compares the ranks first, then the numbers."""
+
+    rank: float
+    number: int  # tasks with the same rank run in the order of their submission
+    task_id: str
 
 
 class TaskQueue(asyncio.PriorityQueue[Entry]):
@@ -388,7 +436,7 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
         # asyncio.PriorityQueue has no such method. There is no `await` here, so this is atomic.
         entries = [self.get_nowait() for _ in range(self.qsize())]
         for entry in entries:
-            if entry[2] != task_id:
+            if entry.task_id != task_id:
                 self.put_nowait(entry)
 
 
@@ -396,14 +444,13 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 # Requests, workers and the clean-up all change the same dicts. No lock is needed, because no change
 # contains an `await`.
 
-# How many seconds a worker waits for work that has timed out, and a shutdown for all work.
+# Seconds that cancelled work gets to clean up, after a timeout or at the shutdown.
 GRACE = 5
 
 
 def timestamp(seconds: float) -> str:
     """Convert a time of the wall clock (`time.time()`) to RFC 3339, with six decimal places."""
-    moment = datetime.fromtimestamp(seconds, timezone.utc)
-    return moment.isoformat(timespec="microseconds").replace("+00:00", "Z")
+    return datetime.fromtimestamp(seconds, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def label(task: Task) -> str:
@@ -412,43 +459,26 @@ def label(task: Task) -> str:
 
 
 def json_copy(value: Any) -> Any:
-    """Return a copy of a value that has been converted to JSON and back, or raise InvalidJsonError.
+    """Convert a value to JSON and back. Raise InvalidJsonError if that is not possible.
 
-    Parameters and results are stored as copies. So everything that is stored can be sent, and the
-    code that has supplied a value cannot change the task afterwards.
+    Parameters and results are stored as such copies. So everything that is stored can be sent, and
+    a task does not change when the work or the caller of `submit` changes the original.
     """
     try:
-        text = json.dumps(value, allow_nan=False)
-        check_keys(value)
-        return from_json(text)  # refuses lone surrogates, and more than 200 levels of nesting
+        if isinstance(value, BaseModel):
+            value = value.model_dump(mode="json", by_alias=True, round_trip=True)
+        # Unlike `json.loads`, `from_json` refuses lone surrogates and deep nesting.
+        return from_json(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidJsonError("The value has no JSON form.") from exc
 
 
-def check_keys(value: Any) -> None:
-    """Raise TypeError for a key that is not a string. `json.dumps` would convert 1 to "1"."""
-    if isinstance(value, dict):
-        if not all(isinstance(key, str) for key in value):
-            raise TypeError("keys must be strings")
-        value = list(value.values())
-    if isinstance(value, list | tuple):
-        for item in value:
-            check_keys(item)
-
-
-@asynccontextmanager
-async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run a coroutine as an asyncio task while the body of `async with` runs, then cancel it."""
-    asyncio_task = asyncio.create_task(coroutine)
-    try:
-        yield
-    finally:
-        asyncio_task.cancel()
-        await asyncio.wait({asyncio_task})
-
-
 class TaskManager:
-    """Stores the tasks, and runs them inside `async with manager.working()`."""
+    """Stores the tasks, and runs them inside `async with manager.working()`.
+
+    Call the methods in the thread of the event loop only. The tasks that they return are the stored
+    ones: read them, but do not change them.
+    """
 
     def __init__(self, settings: Settings, execute: Execute) -> None:
         self._settings = settings
@@ -457,39 +487,36 @@ class TaskManager:
         self._accepting = False
         # All tasks by id, in the order of their submission.
         self._tasks: dict[str, Task] = {}
-        # The entries of the queued tasks. `working` makes the queue.
-        self._queue: TaskQueue
-        self._sequence = itertools.count()
-        # The asyncio tasks that do the work, by task id, until they have ended.
-        self._works: dict[str, asyncio.Task[Any]] = {}
-        # When the status of each task that is not final last changed.
-        self._changed_at: dict[str, float] = {}
-        # An Event for each task that clients wait for. The next change of the task sets it.
-        self._changed: dict[str, asyncio.Event] = {}
         # When to remove each final task, and its id. This is sorted, because the retention is the
         # same for all tasks.
         self._expiring: deque[tuple[float, str]] = deque()
 
+        # The rest belongs to one run of the workers, and is made by `working`.
+        self._workers: list[asyncio.Task[None]] = []
+
     # --- What clients ask for ---------------------------------------------------------------------
 
-    def submit(self, task_type: str, parameters: Parameters, priority: Priority = "normal") -> Task:
+    def submit(
+        self, task_type: str, parameters: Parameters | BaseModel, priority: Priority = "normal"
+    ) -> Task:
         """Queue a new task and return it, or raise UnavailableError or InvalidJsonError."""
         if not self._accepting:
             raise UnavailableError("The server does not accept tasks at the moment.")
         self.expire()
         if len(self._tasks) >= self._settings.max_tasks:
             raise UnavailableError("There are too many tasks.")
+        if self._queue.full():
+            raise UnavailableError("The queue is full.")
+
+        # From the checks to the last change there is no `await`. So the queue still has room, and
+        # no worker takes the entry before the task is in the dict.
         task = new_task(task_type, json_copy(parameters), priority)
         task_id = task["task_id"]
-        due = now() + PRIORITY_LEVELS[priority] * self._settings.priority_step
-        # First the queue, which can be full, so that a refused task leaves no trace. Without an
-        # `await`, no worker can take the entry before the task is in the dict.
-        try:
-            self._queue.put_nowait((due, next(self._sequence), task_id))
-        except asyncio.QueueFull:
-            raise UnavailableError("The queue is full.") from None
+        rank = now() + LEVELS[priority] * self._settings.priority_step
+        self._queue.put_nowait(Entry(rank, next(self._numbers), task_id))
         self._tasks[task_id] = task
-        self._changed_at[task_id] = now()
+        self._since[task_id] = now()
+
         log.info("%s queued with priority %s", label(task), priority)
         return task
 
@@ -503,42 +530,45 @@ class TaskManager:
     async def wait(self, task_id: str) -> Task:
         """Return a task as soon as its status changes, or raise TaskNotFoundError.
 
-        Return immediately if the status is final or the server is shutting down, and after
-        `long_poll` seconds in any case. There is no `await` between reading the status and
-        registering the Event, and an Event is never cleared: `_set_status` removes it from the dict
-        and sets it. Otherwise a change can be missed in one of two ways:
+        Return immediately if the status is final or the server is shutting down. If the status does
+        not change, return the task after `long_poll` seconds.
+
+        Each change has an Event of its own: `_set_status` takes it out of the dict and sets it. So
+        no Event is ever cleared, and the next client registers a new one for the next change. There
+        is no `await` between reading the status and registering the Event. Otherwise:
 
             client: reads "processing", awaits something
             worker: sets the status to "completed"; there is no Event to set
             client: registers an Event and waits for it         <-- although the task has finished
-
-            client: reads "processing"; `wait_for` (before Python 3.12) schedules `event.wait()`
-            worker: sets the status to "completed", sets the Event and clears it
-            client: the asyncio task starts to wait             <-- although the task has finished
         """
         task = self.get(task_id)
         if task["status"] in FINAL or not self._accepting:
             return task
-        changed = self._changed.setdefault(task_id, asyncio.Event())
+        next_change = self._next_change.setdefault(task_id, asyncio.Event())
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(changed.wait(), self._settings.long_poll)
+            await asyncio.wait_for(next_change.wait(), self._settings.long_poll)
         return task  # `get` could fail here, because the task may have expired in the meantime
 
     def iterate(self, status: Status | None = None) -> Iterator[Task]:
-        """Yield the tasks with this status, or all tasks, in the order of their submission.
+        """Return an iterator over all tasks, or those with this status, the newest first.
 
         The dict can change while the caller awaits something between two tasks. So this iterates
-        over a copy of the ids, and looks up each task when it is needed. Otherwise:
+        over a copy of the ids, and looks up each task when it is reached. Otherwise:
 
             server: sends some tasks of a list, awaits a slow client
             client: submits a task, which is added to the dict
             server: RuntimeError, dictionary changed size during iteration    <-- half a response
         """
-        for task_id in list(self._tasks):
-            self.expire()
-            task = self._tasks.get(task_id)
-            if task is not None and status in (None, task["status"]):
-                yield task
+        ids = list(reversed(self._tasks))  # now, and not when the caller takes the first task
+
+        def tasks() -> Iterator[Task]:
+            for task_id in ids:
+                self.expire()  # time passes while the caller waits
+                task = self._tasks.get(task_id)
+                if task is not None and (status is None or task["status"] == status):
+                    yield task
+
+        return tasks()
 
     def cancel(self, task_id: str) -> Task:
         """Cancel a task and return it, or raise TaskNotFoundError or TaskFinishedError."""
@@ -560,7 +590,7 @@ class TaskManager:
             "status": "ok",
             "tasks": {status: statuses.count(status) for status in TRANSITIONS},
             "queue": {"size": self._queue.qsize(), "capacity": self._settings.queue_size},
-            "workers": {"busy": statuses.count("processing"), "total": self._settings.workers},
+            "workers": {"busy": self._busy, "total": self._settings.workers},
         }
 
     # --- How a status changes ---------------------------------------------------------------------
@@ -571,48 +601,37 @@ class TaskManager:
         """Change the status of a task and what depends on it, and wake the waiting clients.
 
         This is the only place where a status changes. If TRANSITIONS doesn't allow the change,
-        return False and change nothing. So the status of a final task never changes again.
+        return False and change nothing: a final status stays, whatever happens later. `_stop`
+        shows why that matters.
         """
-        if status not in TRANSITIONS[task["status"]]:
-            return False
         task_id = task["task_id"]
-        lasted = now() - self._changed_at.pop(task_id)
+        # A task that is not in `_since` is final, or a former run of the workers has left it.
+        if status not in TRANSITIONS[task["status"]] or task_id not in self._since:
+            return False
+        lasted = now() - self._since.pop(task_id)
+
         task["status"] = status
         task["result"] = result
         task["error"] = error
         if status == "completed":
             task["progress"] = 100
+
         if status == "processing":
             task["started_at"] = timestamp(time.time())
-            self._changed_at[task_id] = now()
+            self._since[task_id] = now()
         else:
             finished_at = time.time()
             task["finished_at"] = timestamp(finished_at)
             task["expires_at"] = timestamp(finished_at + self._settings.retention)
             self._expiring.append((now() + self._settings.retention, task_id))
-        if task_id in self._changed:
-            self._changed.pop(task_id).set()
+
+        if task_id in self._next_change:
+            self._next_change.pop(task_id).set()
+
         # `!r` quotes the message, so a line break in it doesn't start a new line in the log.
         reason = f": {error['message']!r}" if error else ""
         log.info("%s %s after %.1f s%s", label(task), status, lasted, reason)
         return True
-
-    def stop_waiting(self) -> None:
-        """Wake all waiting clients and accept no more tasks: the server is shutting down."""
-        self._accepting = False
-        for changed in self._changed.values():
-            changed.set()
-
-    def expire(self) -> None:
-        """Remove the final tasks whose retention has ended.
-
-        Called before every read, so that a task disappears as soon as its retention has ended, and
-        by a timer (`clean_up`), so that memory is freed even if no client sends a request.
-        """
-        while self._expiring and self._expiring[0][0] <= now():
-            _, task_id = self._expiring.popleft()
-            task = self._tasks.pop(task_id)
-            log.info("%s expired after %.1f s", label(task), self._settings.retention)
 
     def _stop(self, task: Task, status: Status, error: TaskError | None = None) -> None:
         """Stop a task: first change its status, then cancel its work.
@@ -629,48 +648,90 @@ class TaskManager:
         if self._set_status(task, status, error=error) and task["task_id"] in self._works:
             self._works[task["task_id"]].cancel()
 
+    def expire(self) -> None:
+        """Remove the final tasks whose retention has ended.
+
+        Called before every read, so that a task disappears as soon as its retention has ended, and
+        by a timer (`clean_up`), so that memory is freed even if no client sends a request.
+        """
+        while self._expiring and self._expiring[0][0] <= now():
+            _, task_id = self._expiring.popleft()
+            task = self._tasks.pop(task_id)
+            log.info("%s expired after %.1f s", label(task), self._settings.retention)
+
+    def stop_waiting(self) -> None:
+        """Wake all waiting clients and accept no more tasks: the server is shutting down."""
+        self._accepting = False
+        for next_change in self._next_change.values():
+            next_change.set()  # it can stay in the dict, because `wait` registers no client now
+
     # --- How the workers run a task ---------------------------------------------------------------
+    # Each worker takes the next task as soon as it is free. If the manager gathered five tasks at a
+    # time instead, four workers would wait for the slowest of them.
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
-        """Run the workers while the body of `async with` runs. After that, all tasks are final."""
-        # A new queue, because the old one may belong to another event loop and hold old tasks.
-        self._queue = TaskQueue(self._settings.queue_size)
-        started = asyncio.Event()
-        async with in_background(self._run_workers(started)):
-            # An asyncio task that is cancelled before it starts doesn't run its `finally`.
-            await started.wait()
-            yield
+        """Run the workers while the body of `async with` runs. After that, all tasks are final.
 
-    async def _run_workers(self, started: asyncio.Event) -> None:
-        """Run the workers until this is cancelled or a worker fails, then stop everything."""
+        The manager can be used again, in another event loop too. Only finished tasks are kept.
+        """
+        finished = [task for task in self._tasks.values() if task["status"] in FINAL]
+        self._tasks = {task["task_id"]: task for task in finished}
+        # The workers of a former run have ended, unless its event loop was stopped by an exception
+        # such as KeyboardInterrupt. If that event loop is closed, they cannot go on.
+        with suppress(RuntimeError):
+            self._stop_all(self._workers)
+
+        self._queue = TaskQueue(self._settings.queue_size)
+        self._numbers = itertools.count()  # of the entries
+        self._busy = 0  # workers that are not waiting for a task
+        # The asyncio tasks that do the work, by task id, until they have ended.
+        self._works: dict[str, asyncio.Task[Any]] = {}
+        # When each task that is not final got its status.
+        self._since: dict[str, float] = {}
+        # An Event for each task that clients wait for. The next change of the task sets it.
+        self._next_change: dict[str, asyncio.Event] = {}
+
         workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
+        supervisor = asyncio.create_task(self._supervise(workers))
+        self._workers = workers
         self._accepting = True
-        started.set()
         try:
-            # A worker never returns, so this waits until the server shuts down. Don't gather tasks
-            # instead, because a batch of tasks takes as long as its slowest one:
-            #
-            #     tasks:  four take 5 s, the fifth takes 30 s
-            #     gather: returns after 30 s            <-- four workers had nothing to do for 25 s
-            await asyncio.gather(*workers)
-        except Exception:
-            # A bug in this class. All workers stop, so clients get a 503 and don't wait forever.
-            log.critical("a worker failed, so all workers stop", exc_info=True)
+            yield
         finally:
-            self._accepting = False
-            for task in self._tasks.values():
-                self._stop(task, "cancelled")
-            for worker in workers:  # because `gather` lets the others go on after a failure
-                worker.cancel()
-            await asyncio.wait([*workers, *self._works.values()], timeout=GRACE)
+            self._stop_all(workers)
+            # Work that ignores its cancellation for GRACE seconds is left behind.
+            await asyncio.wait([supervisor, *workers, *self._works.values()], timeout=GRACE)
+
+    async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
+        """Stop all workers if one of them ends before `working` stops them."""
+        try:
+            # Workers never return. If one of them fails, `gather` raises its exception, and the
+            # others go on. They are not restarted: after a bug in this class, the data may be
+            # half-changed. It is better that clients get a 503 than that they wait forever.
+            await asyncio.gather(*workers)
+        except Exception as exc:
+            log.critical("a worker failed, so all workers stop", exc_info=exc)
+        finally:
+            self._stop_all(workers)  # the second call, if `working` has stopped them
+
+    def _stop_all(self, workers: list[asyncio.Task[None]]) -> None:
+        """Make all tasks final, and cancel the work and the workers. A second call is harmless."""
+        if workers is not self._workers:
+            return  # the manager is already used again, and the tasks are those of the new run
+        self._accepting = False
+        for task in self._tasks.values():
+            self._stop(task, "cancelled")
+        for worker in workers:
+            worker.cancel()
 
     async def _worker(self) -> None:
         """Run one task after the other, until cancelled.
 
-        The work is an asyncio task of its own, so it can be cancelled without its worker. And
-        `asyncio.wait` raises CancelledError only if the worker itself is cancelled. `await work`
-        would also raise it if the work is cancelled, and it is hard to tell the difference:
+        A worker goes on, whatever the work does. The work is an asyncio task of its own, so it can
+        be cancelled without its worker. `asyncio.wait` raises none of its exceptions: it raises
+        CancelledError only if the worker itself is cancelled. `_finish` reads the result or the
+        exception. If the worker awaited the work directly, the same exception would mean either:
 
             client: sends DELETE, which cancels the work
             worker: `await work` raises CancelledError; the worker catches it and goes on
@@ -679,53 +740,57 @@ class TaskManager:
             server: waits for the worker                        <-- forever
         """
         while True:
-            _, _, task_id = await self._queue.get()
-            # There is no `await` until the work is in the dict, so a DELETE finds every task either
-            # in the queue or being processed.
-            task = self._tasks[task_id]
+            entry = await self._queue.get()
+            self._busy += 1
+
+            # There is no `await` until the work is in the dict. So a DELETE finds every task either
+            # in the queue or in the dict.
+            task = self._tasks[entry.task_id]
             self._set_status(task, "processing")
             work = asyncio.create_task(self._work(task))
-            # The dict also keeps the work alive, because the event loop has only weak references.
-            self._works[task_id] = work
+            # asyncio itself holds only a weak reference to `work`, so it needs this one too.
+            self._works[entry.task_id] = work
             # A callback, because abandoned work ends when its worker has already gone on.
             work.add_done_callback(partial(self._finish, task))
+
             await asyncio.wait({work}, timeout=self._settings.task_timeout)
             if not work.done():
                 self._stop(task, "failed", TIMEOUT)
                 await asyncio.wait({work}, timeout=GRACE)
             if not work.done():
                 log.warning("%s is abandoned, because it ignores its cancellation", label(task))
+            self._busy -= 1
 
     async def _work(self, task: Task) -> Any:
         """Do the work of a task and return the result."""
         parameters = json_copy(task["parameters"])
-        report = partial(self._report, task)
         try:
-            return await self._execute(task["task_type"], parameters, report)
-        except (SystemExit, KeyboardInterrupt) as exc:
-            # asyncio lets these two end the server. `sys.exit()` in a library raises SystemExit.
-            raise RuntimeError(f"the work raised {type(exc).__name__}") from exc
+            return await self._execute(task["task_type"], parameters, partial(self._report, task))
+        except SystemExit as exc:
+            # `sys.exit()` in a library raises SystemExit, which would end the event loop.
+            raise RuntimeError("the work has called sys.exit()") from exc
 
     def _report(self, task: Task, percent: float) -> None:
-        """Increase the progress of a task, to 99 at most. Ignore odd values and late reports."""
+        """Increase the progress of a task, to 99 at most.
+
+        Ignore late reports, and values that are not a percentage above the current progress.
+        """
         if task["status"] == "processing" and task["progress"] < percent <= 100:
             task["progress"] = int(min(percent, 99))
 
     def _finish(self, task: Task, work: asyncio.Task[Any]) -> None:
         """Store how the work of a task ended. The event loop calls this when it has ended."""
-        del self._works[task["task_id"]]
-        if work.cancelled() and (task["status"] in FINAL or not self._accepting):
-            # `_stop` has changed the status and cancelled the work, or asyncio cancels everything
-            # after a second Ctrl-C, and `_run_workers` will change the status. Any other
-            # cancellation is a bug, and `result` raises it.
-            return
+        self._works.pop(task["task_id"], None)  # it is not there if a former run has abandoned it
+        if work.cancelled() and task["status"] in FINAL:
+            return  # `_stop` has changed the status and cancelled the work
         try:
             result = json_copy(work.result())
         except BaseException as exc:  # work can raise anything
             error = describe_failure(exc)
-            if error is INTERNAL_ERROR:
-                log.error("%s raised an unexpected exception", label(task), exc_info=exc)
             self._set_status(task, "failed", error=error)
+            # A group is always logged, because it can contain a bug beside a TaskFailedError.
+            if not isinstance(exc, TaskFailedError) or error is INTERNAL_ERROR:
+                log.error("%s raised an unexpected exception", label(task), exc_info=exc)
         else:
             self._set_status(task, "completed", result=result)
 
@@ -749,12 +814,12 @@ def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task
 
 
 # === Models =======================================================================================
-# Here the HTTP API begins. These models decide what clients can send. Unknown fields are an error,
-# because a misspelt `priority` must not be ignored. A new task type needs a model for its
-# parameters, and one for its submission in `AnySubmission`.
+# Here the HTTP API begins, and there is no asyncio before the section Middleware. The models decide
+# what clients can send. Unknown fields are an error, because a misspelt `priority` must not be
+# ignored.
 
 
-def check_number(value: Any) -> Any:
+def check(value: Any) -> Any:
     """Return a number of at most 1e300 unchanged. Raise PydanticCustomError for anything else."""
     # `type`, because `isinstance(True, int)` is true. NaN fails the comparison.
     if type(value) in (int, float) and abs(value) <= 1e300:
@@ -762,14 +827,21 @@ def check_number(value: Any) -> Any:
     raise PydanticCustomError("number", "Input should be a number from -1e300 to 1e300")
 
 
-# `int | float` would accept strings, and report two errors for each wrong value.
-Bounded: TypeAlias = Annotated[float, Field(ge=-1e300, le=1e300)]  # how /docs describes a number
-Number: TypeAlias = Annotated[float, PlainValidator(check_number, json_schema_input_type=Bounded)]
+# At most 1e300, so that the sum of 1,000 numbers is finite. Pydantic's own `int | float` would
+# report two errors for a wrong value, one for each type, and write 1e300 with 301 digits in them.
+Bounded: TypeAlias = Annotated[float, Field(ge=-1e300, le=1e300)]  # only for /docs
+Number: TypeAlias = Annotated[int | float, PlainValidator(check, json_schema_input_type=Bounded)]
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 
 
 class StrictModel(BaseModel, extra="forbid"):
-    """A model that refuses unknown fields."""
+    """A model that refuses unknown fields.
+
+    The parameters of a task are a subclass. Its fields can have every type that pydantic converts
+    to JSON and back, such as `datetime` or `Decimal`, and an `alias`. The work gets the JSON. Not
+    supported are `validation_alias`, `serialization_alias`, and types that hide their value or have
+    no JSON form, such as `SecretStr`.
+    """
 
 
 class SumParameters(StrictModel):
@@ -786,14 +858,14 @@ class FailureParameters(StrictModel):
 
 
 class BaseSubmission(StrictModel):
-    """The fields of all submissions, and the example that /docs shows."""
+    """What a client submits. Each task type is a subclass with an example for /docs."""
 
     example: ClassVar[dict[str, Any]]
     priority: Priority = "normal"
 
 
 class SumSubmission(BaseSubmission):
-    """Add numbers. This takes 5 s."""
+    """Add numbers."""
 
     example = {"task_type": "compute_sum", "parameters": {"numbers": [1, 2, 3.5]}}
     task_type: Literal["compute_sum"]
@@ -801,7 +873,7 @@ class SumSubmission(BaseSubmission):
 
 
 class ReportSubmission(BaseSubmission):
-    """Write a report. This takes 5 s for each section."""
+    """Write a report. Each section takes the same time."""
 
     example = {"task_type": "generate_report", "parameters": {"title": "Figures", "sections": 2}}
     task_type: Literal["generate_report"]
@@ -809,40 +881,61 @@ class ReportSubmission(BaseSubmission):
 
 
 class FailureSubmission(BaseSubmission):
-    """Fail after 5 s."""
+    """Fail with a message."""
 
     example = {"task_type": "simulate_failure"}
     task_type: Literal["simulate_failure"]
     parameters: FailureParameters = FailureParameters()
 
 
-AnySubmission: TypeAlias = SumSubmission | ReportSubmission | FailureSubmission
-EXAMPLES: dict[str, Any] = {
-    model.example["task_type"]: {"value": model.example} for model in get_args(AnySubmission)
-}
-Submission: TypeAlias = Annotated[
-    AnySubmission, Body(discriminator="task_type", openapi_examples=EXAMPLES)
-]
+Submissions: TypeAlias = tuple[type[BaseSubmission], ...]
+SUBMISSIONS: Submissions = (SumSubmission, ReportSubmission, FailureSubmission)
 
 
 class PollQuery(StrictModel):
-    wait: bool = False
+    wait: Annotated[bool, Field(description="Wait until the status changes.")] = False
 
 
 class ListQuery(StrictModel):
-    status: Status | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
+    status: Annotated[Status | None, Field(description="Return only tasks with it.")] = None
+    limit: Annotated[int | None, Field(ge=1, description="Return at most so many tasks.")] = None
 
 
 class Accepted(TypedDict):
-    task_id: str
+    task_id: TaskId
     status: Literal["queued"]
 
 
-# Without the example, /docs would show all fields of a task for each error.
-class Problem(BaseModel, json_schema_extra={"example": {"title": "string", "status": 0}}):
-    """An error (RFC 9457). A `pointer` in `errors` is a JSON pointer into the body (RFC 6901), or
-    the name of a parameter. With 409, `task` is the task.
+# === Errors in HTTP ===============================================================================
+
+PROBLEM_JSON = "application/problem+json"
+INVALID = "The request is invalid."
+ESCAPES = str.maketrans({"~": "~0", "/": "~1"})  # of a JSON pointer (RFC 6901)
+NO_STORE = {"Cache-Control": "no-store"}  # because the status of a task can change at any time
+
+
+def problem(status: int, detail: str, headers: Any = None, **members: Any) -> Response:
+    """Return an error response. `members` are the optional members of `Problem`."""
+    title = http.client.responses.get(status, "Error")
+    content = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    content |= members
+    return JSONResponse(content, status, NO_STORE | dict(headers or {}), media_type=PROBLEM_JSON)
+
+
+ITEM = {"detail": "Field required", "pointer": "/parameters"}
+EXAMPLE = json.loads(bytes(problem(400, INVALID, errors=[ITEM]).body))
+
+
+class Problem(BaseModel, json_schema_extra={"example": EXAMPLE}):
+    """An error (RFC 9457). The `status` says what kind of error it is:
+
+    - 400: The request is invalid. `errors` says why. A `pointer` is a JSON pointer into the body
+      (RFC 6901), or the name of a parameter.
+    - 404: There is no such task, or it has expired.
+    - 409: The task has already completed or failed. `task` is the task.
+    - 413: The body is too large.
+    - 429: There were too many requests. The header `Retry-After` says how many seconds to wait.
+    - 503: The server cannot accept tasks at the moment. `Retry-After` says when to try again.
     """
 
     type: Literal["about:blank"]
@@ -853,68 +946,61 @@ class Problem(BaseModel, json_schema_extra={"example": {"title": "string", "stat
     task: Task | None = None
 
 
-# === Errors in HTTP ===============================================================================
-
-PROBLEM_JSON = "application/problem+json"
-NO_STORE = {"Cache-Control": "no-store"}  # because the status of a task can change at any time
-UNREADABLE = "There was an error parsing the body"  # the text of FastAPI
-
-
-def problem(
-    status: int, detail: str, headers: Mapping[str, str] | None = None, **members: Any
-) -> JSONResponse:
-    """Return an error response. `members` are the optional members of `Problem`."""
-    title = http.client.responses.get(status, "Error")
-    content = {"type": "about:blank", "title": title, "status": status, "detail": detail}
-    return JSONResponse(content | members, status, NO_STORE | dict(headers or {}), PROBLEM_JSON)
-
-
-def invalid_item(error: Mapping[str, Any]) -> dict[str, str]:
-    """Convert an error of pydantic, without the value that the client has sent."""
-    # `loc` is for example ("query", "limit") or ("body", "compute_sum", "parameters", "numbers").
-    # In the body, its second item is the task type, which is not a key of the body.
-    source, *path = error["loc"]
-    detail = error["msg"]
-    match error["type"]:
-        case "union_tag_invalid" | "union_tag_not_found" if not path:
-            path = ["", "task_type"]  # the first item is skipped below
-            detail = f"Input should be one of {', '.join(EXAMPLES)}"
-        case "json_invalid":
-            detail = f"Malformed JSON at character {path[0]}: {error['ctx']['error']}"
-        case "model_attributes_type":
+def invalid_item(error: Mapping[str, Any], body: Any) -> dict[str, str]:
+    """Convert an error of pydantic, without its `input`, which repeats what the client has sent."""
+    match error["type"], error["loc"]:
+        case "json_invalid", ("body", int(position)):
+            detail = f"Malformed JSON at character {position}: {error['ctx']['error']}"
+            return {"detail": detail, "pointer": ""}
+        case "union_tag_invalid", _:
+            detail = f"Input should be one of {error['ctx']['expected_tags']}"
+        case "union_tag_not_found", _:
+            detail = "Field required"
+        case "model_attributes_type", _:
             detail = "Input should be an object, sent as application/json"
-    if source == "body":
-        pointer = ""
-        for key in path[1:]:
-            pointer += "/" + str(key).replace("~", "~0").replace("/", "~1")
-    else:
-        pointer = str(path[-1])
-    # Both can contain parts of the request, which can have any length.
-    return {"detail": printable(detail, 200), "pointer": printable(pointer, 200)}
+        case _:
+            detail = printable(error["msg"], 200)
+    return {"detail": detail, "pointer": printable(pointer(error, body), 200)}
 
 
-# `async`, although it awaits nothing, because FastAPI would call a plain function in a thread.
+def pointer(error: Mapping[str, Any], body: Any) -> str:
+    """Return a JSON pointer to what an error of pydantic is about, or the name of a parameter."""
+    source, *path = error["loc"]
+    if source != "body":
+        return str(error["loc"][-1])
+    # In the body, `path` is for example ["compute_sum", "parameters", "numbers", 1]. It names the
+    # chosen member of each union, here the task type, which is not a key of the body.
+    keys = []
+    for key in path:
+        with suppress(LookupError, TypeError):
+            body = body[key]
+            keys.append(key)
+    if error["type"] == "missing":
+        keys += path[-1:]  # this is not in the body either
+    if "discriminator" in error.get("ctx", {}):
+        keys.append(error["ctx"]["discriminator"].strip("'"))
+    return "".join("/" + str(key).translate(ESCAPES) for key in keys)
+
+
+# `async`, because FastAPI would call a plain function in a thread, where fact 1 does not hold.
 async def handle_error(_: Request, exc: Exception) -> Response:
     """Return the response for an exception that a route has raised."""
     match exc:
         case RequestValidationError():
-            items = [invalid_item(error) for error in exc.errors()[:10]]
-        case HTTPException() if exc.detail == UNREADABLE:
-            detail = "The body should be JSON in UTF-8, without deep nesting or very long numbers."
-            items = [{"detail": detail, "pointer": ""}]
+            items = [invalid_item(error, exc.body) for error in exc.errors()[:10]]
+            return problem(400, INVALID, errors=items)
         case InvalidJsonError():
-            items = [{"detail": str(exc), "pointer": "/parameters"}]
+            return problem(400, INVALID, errors=[{"detail": str(exc), "pointer": "/parameters"}])
         case HTTPException():
-            return problem(exc.status_code, str(exc.detail), exc.headers)
+            return problem(exc.status_code, printable(exc.detail), exc.headers)
         case TaskNotFoundError():
             return problem(404, "There is no such task. It may have expired.")
         case TaskFinishedError():
             return problem(409, str(exc), task=exc.task)
         case UnavailableError():
-            return problem(503, str(exc), {"Retry-After": "10"})
+            return problem(503, str(exc), {"Retry-After": "10"})  # seconds, a guess
         case _:
-            return problem(500, "The server failed.")  # uvicorn logs the exception
-    return problem(400, "The request is invalid.", errors=items)
+            return problem(500, "The server failed.")  # the server logs the exception
 
 
 # === Middleware ===================================================================================
@@ -927,8 +1013,8 @@ async def handle_error(_: Request, exc: Exception) -> Response:
 #     FastAPI: reads and parses the body, responds with 400
 #     FastAPI: does not call the dependency                <-- malformed requests are not counted
 #
-# The middleware that was added last is called first. So if you add CORSMiddleware to the app,
-# preflight requests are not counted, and a browser can read the refusals of the middleware below.
+# The middleware that is added last is called first. So if you add CORSMiddleware to the app, it
+# goes around these two: preflight requests are not counted, and a browser can read a 429.
 
 FREE_PATHS = ("/", "/docs", "/redoc", "/openapi.json", "/health", "/favicon.ico")  # not limited
 
@@ -943,50 +1029,39 @@ class RateLimitMiddleware:
         self._policy = f'"default";q={limiter.limit};w={limiter.window}'
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        path = scope.get("path", "").removeprefix(root_path(scope))
+        # The path begins with the prefix under which a proxy or a mount serves this app.
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or path in FREE_PATHS:
             await self._app(scope, receive, send)
             return
-        # Every client can send X-Forwarded-For. uvicorn reads it if it was told to trust the peer.
+
+        # The address of the peer. X-Forwarded-For is not read here, because every client can send
+        # it. If uvicorn trusts a proxy, it has already put the address from that header here.
         host, _ = scope.get("client") or ("", 0)
         client = client_key(host)
-        started = False
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal started
-            # The quota may have changed since the request, because a long poll responds late.
             if message["type"] == "http.response.start":
-                started = True
+                # Asked now, because the quota may have changed while a long poll was waiting.
                 left, seconds = await self._limiter.quota(client)
+                message.setdefault("headers", [])  # ASGI allows a response without headers
                 headers = MutableHeaders(scope=message)
                 headers["RateLimit-Policy"] = self._policy
                 headers["RateLimit"] = f'"default";r={left};t={seconds}'
-                headers.update(NO_STORE)
+                headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        if not await self._limiter.hit(client):
-            _, seconds = await self._limiter.quota(client)
-            # Not 5, because uvicorn closes idle connections after 5 s, and the request could fail.
-            seconds = 6 if seconds == 5 else max(1, seconds)
-            wait = {"Retry-After": str(seconds)}  # RFC 9110, section 10.2.3
-            refusal = problem(429, f"Try again in {seconds} s.", wait)
-            await refusal(scope, receive, send_with_headers)
-            return
-        try:
+        if await self._limiter.hit(client):
             await self._app(scope, receive, send_with_headers)
-        except Exception:
-            # A bug. Starlette handles it outside of all middleware, without adding the headers.
-            if not started:
-                await problem(500, "The server failed.")(scope, receive, send_with_headers)
-            raise
+            return
+
+        # The body of a refused request is never read.
+        _, seconds = await self._limiter.quota(client)
+        seconds = max(1, seconds)  # 0 if a request has left the window since `hit`
+        refusal = problem(429, f"Try again in {seconds} s.", {"Retry-After": str(seconds)})
+        await refusal(scope, receive, send_with_headers)
 
 
-def root_path(scope: Scope) -> str:
-    """Return the prefix under which a proxy or a mount serves this app, such as /api."""
-    return str(scope.get("root_path", "")).rstrip("/")
-
-
-@lru_cache(maxsize=1000)  # because parsing an address takes longer than counting a request
 def client_key(host: str) -> str:
     """Return the name under which the requests of an address are counted."""
     try:
@@ -997,8 +1072,9 @@ def client_key(host: str) -> str:
         return host
     if address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
-    # An IPv6 client usually has a whole /64 network, so it could often change its address.
-    return str(ipaddress.IPv6Network((address, 64), strict=False))
+    # The first 64 bits, because an IPv6 client usually has a whole /64 network. It could use
+    # another address for each request.
+    return address.packed[:8].hex(":", 2)
 
 
 class BodyLimitMiddleware:
@@ -1009,10 +1085,11 @@ class BodyLimitMiddleware:
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "GET":  # no route reads the body of a GET
+        # No route reads the body of a GET. The response of the list receives it while it waits for
+        # a disconnect, and an exception would come in the middle of that response.
+        if scope["type"] != "http" or scope["method"] == "GET":
             await self._app(scope, receive, send)
             return
-        is_json = "json" in Headers(scope=scope).get("Content-Type", "").lower()
         size = 0
 
         async def limited_receive() -> Message:
@@ -1020,14 +1097,9 @@ class BodyLimitMiddleware:
             # HTTPException on, but would respond to any other exception with 400.
             nonlocal size
             message = await receive()
-            body = message.get("body", b"")
-            size += len(body)
+            size += len(message.get("body", b""))
             if size > self._max_body:
                 raise HTTPException(413, f"The body is larger than {self._max_body} bytes.")
-            # Only UTF-8 is allowed (RFC 8259). Python's parser would accept UTF-16 too, in which
-            # JSON always contains zero bytes.
-            if is_json and b"\0" in body:
-                raise HTTPException(400, UNREADABLE)
             return message
 
         await self._app(scope, limited_receive, send)
@@ -1035,84 +1107,74 @@ class BodyLimitMiddleware:
 
 # === App ==========================================================================================
 
-ERRORS = {
-    400: "The request is invalid. `errors` says why.",
-    404: "There is no such task, or it has expired.",
-    409: "The task has already completed or failed.",
-    413: "The body is too large.",
-    429: "There were too many requests. `Retry-After` says how many seconds to wait.",
-    503: "The queue is full, or no more tasks are accepted. Try again after `Retry-After` seconds.",
+# All errors have the same form, so they are documented once: as the `default` response.
+DEFAULT_RESPONSE = {
+    "description": inspect.getdoc(Problem),
+    "model": Problem,
+    "content": {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}},
 }
-Responses: TypeAlias = dict[int | str, dict[str, Any]]
-PROBLEM_CONTENT = {PROBLEM_JSON: {"schema": {"$ref": "#/components/schemas/Problem"}}}
-# With "default", FastAPI doesn't document its own 422. With `model`, it documents the schema.
-OTHER_ERRORS = {"model": Problem, "content": PROBLEM_CONTENT, "description": "Any other error."}
-
-
-def documented(success: int, description: str, *errors: int) -> Responses:
-    """Return the documentation of the responses of a route: a success, and errors."""
-    responses: Responses = {success: {"description": description}}
-    for error in errors:
-        responses[error] = {"description": ERRORS[error], "content": PROBLEM_CONTENT}
-    return responses
 
 
 async def stream_tasks(tasks: Iterator[Task], limit: int | None) -> AsyncIterator[bytes]:
     """Yield at most `limit` tasks as a JSON array, with one task on each line."""
     chunk = bytearray(b"[")
-    separator = b"\n"
     for number, task in enumerate(tasks, start=1):
-        chunk += separator + to_json(task)
-        separator = b",\n"
+        chunk += b"\n" if number == 1 else b",\n"
+        chunk += to_json(task)
         if number == limit:
             break
-        # Single tasks would be slow to send. All tasks at once would block the other clients.
+        # Send 100 tasks at a time. One at a time is slow, and converting all of them at once would
+        # block the event loop.
         if number % 100 == 0:
             yield bytes(chunk)
             chunk.clear()
-            await asyncio.sleep(0)  # always switches, but sending a chunk doesn't always wait
+            # Lets others run. The `yield` alone may not: sending waits only for a slow client.
+            await asyncio.sleep(0)
     yield bytes(chunk) + b"\n]\n"
 
 
-def add_routes(app: FastAPI, manager: TaskManager) -> None:
+def prefix(request: Request) -> str:
+    """Return the prefix under which a proxy or a mount serves this app, such as /api."""
+    return quote(request.scope.get("root_path", "").rstrip("/"))
+
+
+def add_routes(app: FastAPI, manager: TaskManager, submissions: Submissions) -> None:
     """Add the routes to an app. Each of them converts a request into a call of the manager."""
 
-    @app.post(
-        "/tasks",
-        status_code=202,
-        responses=documented(202, "The id.", 400, 413, 429, 503),
-    )
-    async def submit_task(submission: Submission, request: Request, response: Response) -> Accepted:
+    async def submit_task(submission: Any, request: Request, response: Response) -> Accepted:
         """Queue a task, and return its id. Poll the task to get its result."""
-        parameters = submission.parameters.model_dump()
-        task = manager.submit(submission.task_type, parameters, submission.priority)
-        prefix = quote(root_path(request.scope))
-        response.headers["Location"] = f"{prefix}/tasks/{task['task_id']}"
+        task = manager.submit(submission.task_type, submission.parameters, submission.priority)
+        response.headers["Location"] = f"{prefix(request)}/tasks/{task['task_id']}"
         return {"task_id": task["task_id"], "status": "queued"}
 
-    @app.get(
-        "/tasks",
-        response_model=list[Task],
-        responses=documented(200, "The tasks.", 400, 429),
-    )
+    # FastAPI reads the annotations when the route is added, so the type of the body can be one that
+    # is known only now: a union of the submissions. `task_type` tells which of them it is.
+    examples: Any = {model.example["task_type"]: {"value": model.example} for model in submissions}
+    body = Body(discriminator="task_type", openapi_examples=examples)
+    submit_task.__annotations__["submission"] = Annotated[Union[submissions], body]  # noqa: UP007
+    app.post("/tasks", status_code=202, response_description="The id.")(submit_task)
+
+    @app.get("/tasks", response_model=list[Task], response_description="The tasks.")
     async def list_tasks(query: Annotated[ListQuery, Query()]) -> StreamingResponse:
-        """Return all tasks, or those with one `status`, as a JSON array. The oldest come first."""
+        """Return all tasks, or those with one `status`, as a JSON array. The newest come first."""
         tasks = manager.iterate(query.status)
         return StreamingResponse(stream_tasks(tasks, query.limit), media_type="application/json")
 
-    @app.get("/tasks/{task_id}", responses=documented(200, "The task.", 400, 404, 429))
+    @app.get("/tasks/{task_id}", response_description="The task.")
     async def get_task(task_id: UUID, query: Annotated[PollQuery, Query()]) -> Task:
-        """Return a task. With `wait=true`, wait until its status changes, for at most 10 s."""
+        """Return a task. With `wait=true`, return it when its status changes, or unchanged after
+        the time that the server is configured for (10 s by default).
+        """
         if query.wait:
             return await manager.wait(str(task_id))
         return manager.get(str(task_id))
 
-    @app.delete("/tasks/{task_id}", responses=documented(200, "The task.", 400, 404, 409, 429))
+    @app.delete("/tasks/{task_id}", response_description="The task.")
     async def cancel_task(task_id: UUID) -> Task:
         """Cancel a task and return it. It is not an error if the task is already cancelled."""
         return manager.cancel(str(task_id))
 
-    @app.get("/health", responses=documented(200, "The load.", 503))
+    @app.get("/health", response_description="The load.")
     async def get_health(response: Response) -> Health:
         """Return the number of tasks and busy workers. This request is not limited."""
         response.headers.update(NO_STORE)
@@ -1120,7 +1182,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 
     @app.get("/", include_in_schema=False)
     async def redirect_to_docs(request: Request) -> RedirectResponse:
-        return RedirectResponse(quote(root_path(request.scope)) + "/docs")
+        return RedirectResponse(prefix(request) + "/docs")
 
 
 async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) -> None:
@@ -1130,22 +1192,40 @@ async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) 
         try:
             manager.expire()
             await limiter.sweep()
-        except Exception:
+        except Exception:  # lets the CancelledError of the shutdown pass
             # Otherwise the first exception would end the timer, and memory would fill up slowly.
             log.exception("the clean-up failed")
 
 
+@asynccontextmanager
+async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run a coroutine as an asyncio task while the body of `async with` runs, then cancel it."""
+    asyncio_task = asyncio.create_task(coroutine)
+    try:
+        yield
+    finally:
+        asyncio_task.cancel()
+        # `wait`, because `await asyncio_task` would raise its CancelledError here.
+        await asyncio.wait({asyncio_task})
+
+
 @contextmanager
 def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
-    """When a signal is received, schedule `callback`, then call the current handler."""
+    """When a signal is received, schedule `callback`, then call the current handler.
+
+    uvicorn has its own signal handlers, and no hook that runs before it waits for the responses.
+    `loop.add_signal_handler` would replace the handler of uvicorn.
+    """
     former = signal.getsignal(signum)
-    # Only the main thread can set a handler. If no server has set one, the signal keeps its effect.
+    # Only the main thread can set a handler. SIG_DFL and SIG_IGN cannot be called: without a
+    # handler of the server, the signal keeps its effect.
     if threading.current_thread() is not threading.main_thread() or not callable(former):
         yield
         return
     loop = asyncio.get_running_loop()
 
     def handle(*args: Any) -> None:
+        # A signal can come in the middle of anything, so only schedule the callback (fact 1).
         with suppress(RuntimeError):  # the event loop is closed, but the process goes on
             loop.call_soon_threadsafe(callback)
         former(*args)
@@ -1159,8 +1239,16 @@ def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
             signal.signal(signum, former)
 
 
-def create_app(settings: Settings | None = None, execute: Execute | None = None) -> FastAPI:
-    """Return a new app. The defaults are the settings from the environment, and the work above."""
+def create_app(
+    settings: Settings | None = None,
+    execute: Execute | None = None,
+    submissions: Submissions = SUBMISSIONS,
+) -> FastAPI:
+    """Return a new app. The defaults are the settings from the environment, and the work above.
+
+    For task types of your own, pass the subclasses of BaseSubmission, and the `execute` that does
+    their work: the one above would fail with an internal error. `app.state.manager` is the manager.
+    """
     settings = settings or read_settings()
     manager = TaskManager(settings, execute or scaled_execute(settings.time_scale))
     limiter = RateLimiter(settings.rate_limit, settings.rate_window)
@@ -1171,29 +1259,34 @@ def create_app(settings: Settings | None = None, execute: Execute | None = None)
             manager.working(),
             in_background(clean_up(manager, limiter, settings.cleanup_interval)),
         ):
-            # A shutdown has three steps. Without the first one, an open long poll would delay the
-            # second one by up to 10 s:
+            # A shutdown has three steps:
             #
-            #     signal handler: schedules `stop_waiting`, and calls the handler of uvicorn
-            #     uvicorn:        waits until all responses have been sent, then ends this lifespan
-            #     lifespan:       cancels the timer, the tasks and the workers, and waits for them
+            # 1. The signal handler schedules `stop_waiting`, which ends the long polls, and calls
+            #    the handler of uvicorn.
+            # 2. uvicorn waits until all responses have been sent, then ends this lifespan.
+            # 3. The two contexts above end in reverse order: first the timer, then the tasks and
+            #    the workers.
+            #
+            # Without step 1, a long poll would delay step 2 by up to `long_poll` seconds.
             stop = manager.stop_waiting
             with before_handler(signal.SIGINT, stop), before_handler(signal.SIGTERM, stop):
                 yield
 
-    handled = (RequestValidationError, HTTPException, ManagerError, Exception)
     app = FastAPI(
         title="Task manager",
         description="Submit a task, then poll it until it is completed, failed or cancelled.",
         lifespan=lifespan,
-        responses={"default": OTHER_ERRORS},
-        exception_handlers=dict.fromkeys(handled, handle_error),
-        redirect_slashes=False,  # a redirect would repeat the Host header, which can be anything
+        responses={"default": DEFAULT_RESPONSE},
+        generate_unique_id_function=lambda route: route.name,  # `get_task` in generated clients
+        redirect_slashes=False,  # FastAPI would redirect to the host that the client has named
     )
     app.state.manager = manager
+    for exception in (RequestValidationError, HTTPException, ManagerError, Exception):
+        app.add_exception_handler(exception, handle_error)
+    add_routes(app, manager, submissions)
+    # The rate limit is added last, so it is called first.
     app.add_middleware(BodyLimitMiddleware, max_body=settings.max_body)
     app.add_middleware(RateLimitMiddleware, limiter=limiter)
-    add_routes(app, manager)
     return app
 
 
