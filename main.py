@@ -20,16 +20,15 @@ half, from "Models" on, is the HTTP API around it. A task passes through these f
     _finish         stores the result, or the reason why the work failed
     _set_status     called at each step: changes the status, and wakes the clients in `wait`
 
-A *task* is what a client submits: a dict whose `status` moves along the arrows above. The *work* of
-a task is the coroutine that computes its result. An *asyncio task* is what `asyncio.create_task`
-returns. Some comments show a run of the program without the precaution that they explain, and the
-arrow `<--` marks the step that goes wrong.
+A *task* is a dict whose `status` moves along the arrows above. Its *work* is the coroutine that
+computes its result. An *asyncio task* is what `asyncio.create_task` returns. Some comments show what
+would happen without a precaution, and `<--` marks the step that goes wrong.
 
 FOUR FACTS ABOUT ASYNCIO
 
 1.  **Code between two awaits is atomic.** The event loop runs all coroutines in one thread. It can
     switch from one to another only where the current one waits: at an `await`, an `async with` or
-    an `async for`. (A generator can be suspended at a `yield` too, because its caller can wait.)
+    an `async for`, or at the `yield` of a generator, because its caller can wait there.
 
         if len(tasks) < 100:        # These two lines cannot be interrupted,
             tasks.append(task)      # so there are never more than 100 tasks. No lock is needed.
@@ -39,21 +38,19 @@ FOUR FACTS ABOUT ASYNCIO
             tasks.append(task)      # <-- There can be 101 tasks now.
 
     `await f()` switches only if something inside `f` waits. Otherwise it is like a function call.
-    Signal handlers and other threads can run at any time, so they must not change anything
-    themselves: they ask the event loop to do it, with `call_soon_threadsafe`.
+    Signal handlers and other threads run at any time, so they let the event loop make their
+    changes, with `call_soon_threadsafe`.
 
 2.  **There are three ways to wait for an asyncio task.** `await asyncio_task` returns its result or
-    raises its exception. `await asyncio.gather(...)` does this for several. It raises the first
-    exception, and the others go on. `await asyncio.wait(...)` only waits: it raises none of their
-    exceptions.
+    raises its exception. `await asyncio.gather(...)` does this for several: it raises the first
+    exception, and the others go on. `await asyncio.wait(...)` raises none of their exceptions.
 
-3.  **Cancellation is a request.** After `asyncio_task.cancel()`, `asyncio.CancelledError` is raised
-    at the `await` where that asyncio task is suspended. Code that has to clean up uses a `finally`.
-    `except Exception` does not catch a CancelledError, and code that catches it should raise it
-    again, because otherwise the asyncio task goes on. If the asyncio task awaits another one,
-    directly or through `gather`, the request is passed on to that one, which can ignore it.
-    `asyncio.wait` does not pass it on. An asyncio task that is cancelled before it has started runs
-    none of its code, not even a `finally`.
+3.  **Cancellation is a request.** `asyncio_task.cancel()` raises `asyncio.CancelledError` at the
+    `await` where that asyncio task is suspended. If it awaits another asyncio task, directly or
+    through `gather`, the request goes to that one first, which can ignore it. `asyncio.wait` does
+    not pass it on. Code cleans up in a `finally`. Code that catches CancelledError (which `except
+    Exception` does not) should raise it again, because otherwise the asyncio task goes on. If an
+    asyncio task is cancelled before it starts, none of its code runs, not even a `finally`.
 
 4.  **An `asyncio.Event` wakes all its waiters.** `await event.wait()` suspends a coroutine until
     another one calls `event.set()`. After that, `wait` returns immediately, until `event.clear()`.
@@ -100,14 +97,10 @@ from typing_extensions import TypedDict  # pydantic needs this TypedDict before 
 
 
 class TaskLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # before Python 3.11, it takes none
-    """Writes to a logger, and drops a message that cannot be logged.
-
-    A logging filter of the user can raise anything, and the logger raises it here, in the middle of
-    a task. With this class, `log.info` raises nothing, so logging cannot change what happens to a task.
-    """
+    """A logger that raises nothing, so that a logging filter cannot change what happens to a task."""
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """Log a message. All other methods call this one."""
+        """Log a message, or drop it if that raises an exception. All other methods call this one."""
         with suppress(BaseException):
             super().log(*args, **kwargs)
 
@@ -172,9 +165,7 @@ class Task(TypedDict):
 
 
 class Health(TypedDict):
-    """The number of tasks by status, and the load. A worker is busy from taking a task until it
-    waits for the next one, so also while cancelled work cleans up.
-    """
+    """The tasks by status, and the load. A worker is also busy while cancelled work cleans up."""
 
     status: Literal["ok"]
     tasks: dict[Status, int]
@@ -208,11 +199,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
 
 
 def read_settings() -> Settings:
-    """Read the `TASKS_*` variables.
-
-    If some are invalid, print a line for each of them, and raise SystemExit with the status 3. It
-    tells uvicorn and gunicorn not to start the process again.
-    """
+    """Read the `TASKS_*` variables. Print a line for each invalid one, then raise SystemExit(3)."""
     known = {f"TASKS_{name.upper()}": name for name in Settings.model_fields}
     unknown = [name for name in environ if name.startswith("TASKS_") and name not in known]
     if unknown:
@@ -224,7 +211,7 @@ def read_settings() -> Settings:
     except ValidationError as exc:
         for error in exc.errors():
             print(f"TASKS_{str(error['loc'][0]).upper()}: {error['msg']}", file=sys.stderr)
-        raise SystemExit(3) from None
+        raise SystemExit(3) from None  # uvicorn and gunicorn do not restart after this status
 
 
 # === Errors =======================================================================================
@@ -266,8 +253,7 @@ INTERNAL_ERROR: TaskError = {"code": "internal_error", "message": "An internal e
 
 def describe_failure(exc: BaseException) -> TaskError:
     """Return what clients are told about an exception that ended the work of a task."""
-    # `suppress`, because the `__str__` of an exception can raise an exception itself.
-    with suppress(BaseException):
+    with suppress(BaseException):  # the `__str__` of an exception can raise another one
         match exc:
             case TaskFailedError():
                 return {"code": "task_failed", "message": printable(exc)}
@@ -284,9 +270,8 @@ def printable(text: object, length: int | None = None) -> str:
 
 
 # === Work =========================================================================================
-# Replace this section with your own work. A new task type needs a `case` here, and two models in
-# the section Models: see SumParameters and SumSubmission. Your own file can do without a change of
-# this one: see `create_app`.
+# Replace this section with your own work. A new task type needs a `case` here, and two models such
+# as SumParameters and SumSubmission. Or leave this file alone, and pass yours to `create_app`.
 
 # `Execute` is the function that does the work. It calls `Report` with its progress in percent.
 Report: TypeAlias = Callable[[float], None]
@@ -301,10 +286,8 @@ async def execute(
     `parameters` are JSON that has been validated, and the work may change them. Raise
     TaskFailedError if the work cannot be done. If the task is cancelled or takes too long, the
     current `await` raises CancelledError: clean up in a `finally`, and let the exception pass.
-
     Never block the event loop, because everything else would have to wait: call a blocking function
-    with `await asyncio.to_thread(function, ...)`. Call `report` only in the thread of the event
-    loop.
+    with `await asyncio.to_thread(function, ...)`. It must not call `report` in its thread.
     """
     match task_type:
         case "compute_sum":
@@ -330,15 +313,14 @@ async def simulate(seconds: float, report: Report) -> None:
 
 
 def scaled_execute(time_scale: float) -> Execute:
-    """Return `execute` with the setting `time_scale`, so that it takes the three arguments only."""
+    """Return an `execute` that takes three arguments, with the time scale of the settings."""
     return partial(execute, time_scale=time_scale)
 
 
 # === Rate limiter =================================================================================
-# At most `limit` requests in any `window` seconds: a sliding window. For each client, a deque holds
-# the times at which its requests leave the window. New times are appended on the right, old ones
-# are removed on the left, and a deque is fast at both ends. A counter that is reset every minute
-# would be simpler, but wrong:
+# A sliding window: for each client, a deque holds the times at which its requests leave the window.
+# New times are appended on the right, old ones are removed on the left, and a deque is fast at both
+# ends. A counter that is reset every minute would be simpler, but wrong:
 #
 #     11:59:59  client: sends 10 requests, which count for the first minute
 #     12:00:00  limiter: resets the counter
@@ -357,10 +339,9 @@ class RateLimiter:
         self.limit = limit
         self.window = window
         self._leaving: dict[str, deque[float]] = {}
-        # Only one coroutine at a time can be inside an `async with self._lock` block. As written,
-        # no block waits, so each is atomic even without the lock. The lock becomes necessary as
-        # soon as there is an `await` between a check and its change, for example because the times
-        # are in a database. Then, without it:
+        # Only one coroutine at a time can be inside `async with self._lock`. As written, no block
+        # waits, so each is atomic even without it. The lock becomes necessary as soon as there is
+        # an `await` between a check and its change, for example to a database. Otherwise:
         #
         #     request 1: counts 9 requests, awaits the database
         #     request 2: counts 9 requests, awaits the database
@@ -380,8 +361,8 @@ class RateLimiter:
         """Return how many requests are left, and the seconds until there is one more."""
         async with self._lock:
             times = self._prune(client)
-            # Rounded up, because after a shorter wait the client would be refused again. At most
-            # `window`, although the sum in `hit` can be rounded up too.
+            # Rounded up, because after a shorter wait the client would be refused again. The sum in
+            # `hit` can be rounded up as well, and `min` keeps that from becoming 61 s.
             seconds = math.ceil(times[0] - now()) if times else 0
             return self.limit - len(times), min(seconds, self.window)
 
@@ -401,11 +382,10 @@ class RateLimiter:
 
 
 # === Task queue ===================================================================================
-# If a free worker always took a high task first, a low task would starve: it would never run while
-# high tasks keep coming. So each task has a rank, which is the time of its submission plus a
+# If a free worker always took a high task first, a low task would never run while high tasks keep
+# coming: it would starve. So each task has a rank, which is the time of its submission plus a
 # handicap of 30 s (`priority_step`) for `normal` or 60 s for `low`. A free worker takes the task
-# with the lowest rank. A low task can only be overtaken by tasks that are submitted in the next
-# 60 s:
+# with the lowest rank. So a task can only overtake a low one in the first 60 s:
 #
 #     second 0   A is submitted, low:  rank 60
 #     second 59  B is submitted, high: rank 59, so it overtakes A
@@ -459,7 +439,7 @@ def label(task: Task) -> str:
 
 
 def json_copy(value: Any) -> Any:
-    """Convert a value to JSON and back. Raise InvalidJsonError if that is not possible.
+    """Convert a value to JSON and back, or raise InvalidJsonError.
 
     Parameters and results are stored as such copies. So everything that is stored can be sent, and
     a task does not change when the work or the caller of `submit` changes the original.
@@ -476,8 +456,7 @@ def json_copy(value: Any) -> Any:
 class TaskManager:
     """Stores the tasks, and runs them inside `async with manager.working()`.
 
-    Call the methods in the thread of the event loop only. The tasks that they return are the stored
-    ones: read them, but do not change them.
+    Call its methods in the thread of the event loop, and do not change the tasks that they return.
     """
 
     def __init__(self, settings: Settings, execute: Execute) -> None:
@@ -487,10 +466,8 @@ class TaskManager:
         self._accepting = False
         # All tasks by id, in the order of their submission.
         self._tasks: dict[str, Task] = {}
-        # When to remove each final task, and its id. This is sorted, because the retention is the
-        # same for all tasks.
+        # When to remove each final task, and its id, sorted because all have the same retention.
         self._expiring: deque[tuple[float, str]] = deque()
-
         # The rest belongs to one run of the workers, and is made by `working`.
         self._workers: list[asyncio.Task[None]] = []
 
@@ -508,8 +485,8 @@ class TaskManager:
         if self._queue.full():
             raise UnavailableError("The queue is full.")
 
-        # From the checks to the last change there is no `await`. So the queue still has room, and
-        # no worker takes the entry before the task is in the dict.
+        # There is no `await` from the first check to the last change. So the queue still has room,
+        # and no worker takes the entry before the task is in the dict.
         task = new_task(task_type, json_copy(parameters), priority)
         task_id = task["task_id"]
         rank = now() + LEVELS[priority] * self._settings.priority_step
@@ -530,12 +507,11 @@ class TaskManager:
     async def wait(self, task_id: str) -> Task:
         """Return a task as soon as its status changes, or raise TaskNotFoundError.
 
-        Return immediately if the status is final or the server is shutting down. If the status does
-        not change, return the task after `long_poll` seconds.
-
-        Each change has an Event of its own: `_set_status` takes it out of the dict and sets it. So
-        no Event is ever cleared, and the next client registers a new one for the next change. There
-        is no `await` between reading the status and registering the Event. Otherwise:
+        Return immediately if the status is final or the server is shutting down, and after
+        `long_poll` seconds if it does not change. Each change has an Event of its own, which
+        `_set_status` takes out of the dict and sets. So no Event is cleared, and a later client
+        makes a new one for the next change. There is no `await` between reading the status and
+        registering the Event. Otherwise:
 
             client: reads "processing", awaits something
             worker: sets the status to "completed"; there is no Event to set
@@ -601,8 +577,7 @@ class TaskManager:
         """Change the status of a task and what depends on it, and wake the waiting clients.
 
         This is the only place where a status changes. If TRANSITIONS doesn't allow the change,
-        return False and change nothing: a final status stays, whatever happens later. `_stop`
-        shows why that matters.
+        return False and change nothing. So a final status stays: `_stop` shows why that matters.
         """
         task_id = task["task_id"]
         # A task that is not in `_since` is final, or a former run of the workers has left it.
@@ -636,14 +611,12 @@ class TaskManager:
     def _stop(self, task: Task, status: Status, error: TaskError | None = None) -> None:
         """Stop a task: first change its status, then cancel its work.
 
-        The status changes now, and not when the work has ended. Otherwise:
+        The work is cancelled only once, by the call that changes the status, because another
+        CancelledError would interrupt its clean-up. The status changes first. Otherwise:
 
             client: sends DELETE; the work is cancelled, the response says "cancelled"
             work:   catches CancelledError and returns a result
             worker: sets the status to "completed"              <-- the response was wrong
-
-        The work is cancelled only once, by the call that changes the status. Another CancelledError
-        would interrupt the clean-up that the first one has started.
         """
         if self._set_status(task, status, error=error) and task["task_id"] in self._works:
             self._works[task["task_id"]].cancel()
@@ -651,8 +624,8 @@ class TaskManager:
     def expire(self) -> None:
         """Remove the final tasks whose retention has ended.
 
-        Called before every read, so that a task disappears as soon as its retention has ended, and
-        by a timer (`clean_up`), so that memory is freed even if no client sends a request.
+        Called before every read, so that a task disappears on time, and by a timer (`clean_up`), so
+        that memory is freed even if no client sends a request.
         """
         while self._expiring and self._expiring[0][0] <= now():
             _, task_id = self._expiring.popleft()
@@ -673,29 +646,27 @@ class TaskManager:
     async def working(self) -> AsyncIterator[None]:
         """Run the workers while the body of `async with` runs. After that, all tasks are final.
 
-        The manager can be used again, in another event loop too. Only finished tasks are kept.
+        The manager can be used again, also in another event loop. It keeps its finished tasks.
         """
+        # A former run has stopped its workers, unless a KeyboardInterrupt has stopped its event loop.
         finished = [task for task in self._tasks.values() if task["status"] in FINAL]
         self._tasks = {task["task_id"]: task for task in finished}
-        # The workers of a former run have ended, unless its event loop was stopped by an exception
-        # such as KeyboardInterrupt. If that event loop is closed, they cannot go on.
-        with suppress(RuntimeError):
+        with suppress(RuntimeError):  # if that event loop is closed, its workers cannot go on
             self._stop_all(self._workers)
 
         self._queue = TaskQueue(self._settings.queue_size)
         self._numbers = itertools.count()  # of the entries
         self._busy = 0  # workers that are not waiting for a task
-        # The asyncio tasks that do the work, by task id, until they have ended.
+        # By task id: the asyncio tasks that do the work, until they have ended; when each task that
+        # is not final got its status; an Event for the next change of a task that clients wait for.
         self._works: dict[str, asyncio.Task[Any]] = {}
-        # When each task that is not final got its status.
         self._since: dict[str, float] = {}
-        # An Event for each task that clients wait for. The next change of the task sets it.
         self._next_change: dict[str, asyncio.Event] = {}
 
         workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
-        supervisor = asyncio.create_task(self._supervise(workers))
         self._workers = workers
         self._accepting = True
+        supervisor = asyncio.create_task(self._supervise(workers))
         try:
             yield
         finally:
@@ -706,9 +677,8 @@ class TaskManager:
     async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
         """Stop all workers if one of them ends before `working` stops them."""
         try:
-            # Workers never return. If one of them fails, `gather` raises its exception, and the
-            # others go on. They are not restarted: after a bug in this class, the data may be
-            # half-changed. It is better that clients get a 503 than that they wait forever.
+            # Workers never return. If one of them fails, `gather` raises its exception. Restarting
+            # it could hide a bug in this class, so all of them stop, and clients get a 503.
             await asyncio.gather(*workers)
         except Exception as exc:
             log.critical("a worker failed, so all workers stop", exc_info=exc)
@@ -728,10 +698,9 @@ class TaskManager:
     async def _worker(self) -> None:
         """Run one task after the other, until cancelled.
 
-        A worker goes on, whatever the work does. The work is an asyncio task of its own, so it can
-        be cancelled without its worker. `asyncio.wait` raises none of its exceptions: it raises
-        CancelledError only if the worker itself is cancelled. `_finish` reads the result or the
-        exception. If the worker awaited the work directly, the same exception would mean either:
+        A worker goes on, whatever the work does. The work is an asyncio task of its own, and
+        `asyncio.wait` leaves its exceptions to `_finish`. So a CancelledError can only mean that
+        the worker itself is cancelled. Otherwise:
 
             client: sends DELETE, which cancels the work
             worker: `await work` raises CancelledError; the worker catches it and goes on
@@ -743,8 +712,8 @@ class TaskManager:
             entry = await self._queue.get()
             self._busy += 1
 
-            # There is no `await` until the work is in the dict. So a DELETE finds every task either
-            # in the queue or in the dict.
+            # There is no `await` until the work is in the dict, so a DELETE finds every task there
+            # or in the queue.
             task = self._tasks[entry.task_id]
             self._set_status(task, "processing")
             work = asyncio.create_task(self._work(task))
@@ -771,10 +740,7 @@ class TaskManager:
             raise RuntimeError("the work has called sys.exit()") from exc
 
     def _report(self, task: Task, percent: float) -> None:
-        """Increase the progress of a task, to 99 at most.
-
-        Ignore late reports, and values that are not a percentage above the current progress.
-        """
+        """Increase the progress, to 99 at most. Ignore late reports, and all but percentages."""
         if task["status"] == "processing" and task["progress"] < percent <= 100:
             task["progress"] = int(min(percent, 99))
 
@@ -814,9 +780,8 @@ def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task
 
 
 # === Models =======================================================================================
-# Here the HTTP API begins, and there is no asyncio before the section Middleware. The models decide
-# what clients can send. Unknown fields are an error, because a misspelt `priority` must not be
-# ignored.
+# Here the HTTP API begins (asyncio comes back in "Middleware"). The models decide what clients can
+# send. Unknown fields are an error, because a misspelt `priority` must not be ignored.
 
 
 def check(value: Any) -> Any:
@@ -837,10 +802,9 @@ Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 class StrictModel(BaseModel, extra="forbid"):
     """A model that refuses unknown fields.
 
-    The parameters of a task are a subclass. Its fields can have every type that pydantic converts
-    to JSON and back, such as `datetime` or `Decimal`, and an `alias`. The work gets the JSON. Not
-    supported are `validation_alias`, `serialization_alias`, and types that hide their value or have
-    no JSON form, such as `SecretStr`.
+    Fields can have an `alias`, and every type that pydantic converts to JSON and back, for example
+    `datetime`. The work gets the JSON. `validation_alias`, `serialization_alias`, and types that
+    hide their value or have no JSON form, such as `SecretStr`, are not supported.
     """
 
 
@@ -858,7 +822,7 @@ class FailureParameters(StrictModel):
 
 
 class BaseSubmission(StrictModel):
-    """What a client submits. Each task type is a subclass with an example for /docs."""
+    """What a client submits. Each subclass is a task type. Its `example` is shown in /docs."""
 
     example: ClassVar[dict[str, Any]]
     priority: Priority = "normal"
@@ -897,8 +861,8 @@ class PollQuery(StrictModel):
 
 
 class ListQuery(StrictModel):
-    status: Annotated[Status | None, Field(description="Return only tasks with it.")] = None
-    limit: Annotated[int | None, Field(ge=1, description="Return at most so many tasks.")] = None
+    status: Annotated[Status | None, Field(description="Only tasks with this status.")] = None
+    limit: Annotated[int | None, Field(ge=1, description="The maximum number of tasks.")] = None
 
 
 class Accepted(TypedDict):
@@ -1005,9 +969,8 @@ async def handle_error(_: Request, exc: Exception) -> Response:
 
 # === Middleware ===================================================================================
 # An ASGI middleware is called with a description of the request (the scope), a function that
-# receives the body, and a function that sends the response. It calls the next application with the
-# same three, or with its own versions of them. The rate limit is a middleware, because a dependency
-# of FastAPI would be called too late:
+# receives the body, and a function that sends the response. It calls the next application with
+# these or with its own. The rate limit is one, because a dependency of FastAPI comes too late:
 #
 #     client:  sends POST /tasks with a malformed body
 #     FastAPI: reads and parses the body, responds with 400
@@ -1035,8 +998,8 @@ class RateLimitMiddleware:
             await self._app(scope, receive, send)
             return
 
-        # The address of the peer. X-Forwarded-For is not read here, because every client can send
-        # it. If uvicorn trusts a proxy, it has already put the address from that header here.
+        # The address of the peer, because every client can send X-Forwarded-For. For a proxy that
+        # it trusts, uvicorn has already replaced the address by the one in that header.
         host, _ = scope.get("client") or ("", 0)
         client = client_key(host)
 
@@ -1072,8 +1035,7 @@ def client_key(host: str) -> str:
         return host
     if address.ipv4_mapped is not None:
         return str(address.ipv4_mapped)
-    # The first 64 bits, because an IPv6 client usually has a whole /64 network. It could use
-    # another address for each request.
+    # The first 64 bits, because an IPv6 client usually has all the addresses of a /64 network.
     return address.packed[:8].hex(":", 2)
 
 
@@ -1085,8 +1047,8 @@ class BodyLimitMiddleware:
         self._max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # No route reads the body of a GET. The response of the list receives it while it waits for
-        # a disconnect, and an exception would come in the middle of that response.
+        # No route reads the body of a GET, but the list receives it while it waits for a disconnect.
+        # An exception would break off the list.
         if scope["type"] != "http" or scope["method"] == "GET":
             await self._app(scope, receive, send)
             return
@@ -1123,8 +1085,7 @@ async def stream_tasks(tasks: Iterator[Task], limit: int | None) -> AsyncIterato
         chunk += to_json(task)
         if number == limit:
             break
-        # Send 100 tasks at a time. One at a time is slow, and converting all of them at once would
-        # block the event loop.
+        # Send 100 tasks at a time: one is slow, and converting all at once blocks the event loop.
         if number % 100 == 0:
             yield bytes(chunk)
             chunk.clear()
@@ -1147,8 +1108,8 @@ def add_routes(app: FastAPI, manager: TaskManager, submissions: Submissions) -> 
         response.headers["Location"] = f"{prefix(request)}/tasks/{task['task_id']}"
         return {"task_id": task["task_id"], "status": "queued"}
 
-    # FastAPI reads the annotations when the route is added, so the type of the body can be one that
-    # is known only now: a union of the submissions. `task_type` tells which of them it is.
+    # FastAPI reads the annotations when the route is added. So the type of the body can be known
+    # only now: one of the submissions, which `task_type` selects.
     examples: Any = {model.example["task_type"]: {"value": model.example} for model in submissions}
     body = Body(discriminator="task_type", openapi_examples=examples)
     submit_task.__annotations__["submission"] = Annotated[Union[submissions], body]  # noqa: UP007
@@ -1213,12 +1174,11 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
 def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
     """When a signal is received, schedule `callback`, then call the current handler.
 
-    uvicorn has its own signal handlers, and no hook that runs before it waits for the responses.
-    `loop.add_signal_handler` would replace the handler of uvicorn.
+    uvicorn has its own handlers, which `loop.add_signal_handler` would replace.
     """
     former = signal.getsignal(signum)
-    # Only the main thread can set a handler. SIG_DFL and SIG_IGN cannot be called: without a
-    # handler of the server, the signal keeps its effect.
+    # Only the main thread can set a handler. SIG_DFL and SIG_IGN cannot be called, so a signal with
+    # one of them keeps its effect.
     if threading.current_thread() is not threading.main_thread() or not callable(former):
         yield
         return
@@ -1246,8 +1206,8 @@ def create_app(
 ) -> FastAPI:
     """Return a new app. The defaults are the settings from the environment, and the work above.
 
-    For task types of your own, pass the subclasses of BaseSubmission, and the `execute` that does
-    their work: the one above would fail with an internal error. `app.state.manager` is the manager.
+    For task types of your own, pass subclasses of BaseSubmission, and an `execute` for them. The
+    one above would fail with an internal error. `app.state.manager` is the manager.
     """
     settings = settings or read_settings()
     manager = TaskManager(settings, execute or scaled_execute(settings.time_scale))
@@ -1259,15 +1219,12 @@ def create_app(
             manager.working(),
             in_background(clean_up(manager, limiter, settings.cleanup_interval)),
         ):
-            # A shutdown has three steps:
+            # A shutdown has three steps. Without the first one, a long poll would delay the second
+            # one by up to `long_poll` seconds:
             #
-            # 1. The signal handler schedules `stop_waiting`, which ends the long polls, and calls
-            #    the handler of uvicorn.
+            # 1. Our signal handler schedules `stop_waiting`, then calls the handler of uvicorn.
             # 2. uvicorn waits until all responses have been sent, then ends this lifespan.
-            # 3. The two contexts above end in reverse order: first the timer, then the tasks and
-            #    the workers.
-            #
-            # Without step 1, a long poll would delay step 2 by up to `long_poll` seconds.
+            # 3. The contexts above end in reverse order: the timer, then the tasks and workers.
             stop = manager.stop_waiting
             with before_handler(signal.SIGINT, stop), before_handler(signal.SIGTERM, stop):
                 yield
