@@ -747,7 +747,7 @@ class TaskManager:
     def _finish(self, task: Task, work: asyncio.Task[Any]) -> None:
         """Store how the work of a task ended. The event loop calls this when it has ended."""
         self._works.pop(task["task_id"], None)  # it is not there if a former run has abandoned it
-        if work.cancelled() and task["status"] in FINAL:
+        if work.cancelled() and task["task_id"] not in self._since:
             return  # `_stop` has changed the status and cancelled the work
         try:
             result = json_copy(work.result())

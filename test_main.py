@@ -1,18 +1,17 @@
 """The tests of main.py. Run them with `pytest`.
 
 The first section has one short test for each part of the exercise. The others look for trouble:
-changes during a wait, races, full queues, failing work, poison values, shutdown.
+changes during a wait, races, full queues, failing work, poison values, shutdown. The last section
+is the place for tests of your own work.
 
-Asynchronous tests run in virtual time, on an event loop whose clock jumps to the next timer instead
-of waiting for it. So ten minutes take no time, and a test can look at a task exactly when it times
-out. Such a loop knows nothing of threads, programs and sockets. A test whose work uses one of them
-has to be decorated with `@real_time`.
+The pytest plugin of anyio runs asynchronous tests in virtual time, on an event loop whose clock
+jumps to the next timer instead of waiting for it. So ten minutes take no time, and a test can look
+at a task exactly when it times out. This clock does not wait for threads, programs and sockets. A
+test whose work uses one of them has to be decorated with `@real_time`.
 """
 
 import asyncio
-import functools
 import gc
-import inspect
 import json
 import logging
 import math
@@ -25,38 +24,47 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
-from datetime import datetime, timezone
-from http.client import HTTPResponse
+from datetime import date, datetime, timezone
+from decimal import Decimal
+from enum import Enum
+from http.client import HTTPResponse, responses
 from pathlib import Path
 from random import Random
-from typing import Any, TypeAlias
+from typing import Annotated, Any, ClassVar, Literal, TypeAlias
 from unittest.mock import AsyncMock, Mock
 from uuid import UUID
 
+import anyio
 import httpx
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse
 from httpx import ASGITransport, AsyncClient
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, ValidationError
 from pydantic_core import to_json
-from pytest import LogCaptureFixture, MonkeyPatch
+from pytest import CaptureFixture, LogCaptureFixture, MonkeyPatch
 from typing_extensions import Self
 
-# `import main` reads the settings, and the shell must not change any result.
+# `import main` reads the settings, and nothing that the shell exports must change a result.
 OF_THE_SHELL = ("TASKS_", "UVICORN_", "WEB_CONCURRENCY", "FORWARDED_ALLOW_IPS", "FORCE_COLOR")
 for exported in [name for name in os.environ if name.startswith(OF_THE_SHELL)]:
     del os.environ[exported]
+os.environ["TZ"] = "XXX-5:30"  # not UTC, so that a local time is noticed
+if hasattr(time, "tzset"):  # not on Windows
+    time.tzset()
 
 import main
-from main import EXAMPLES, FINAL, TRANSITIONS, Report, Settings, Task, TaskManager, create_app
+from main import FINAL, SUBMISSIONS, TRANSITIONS, Report, Settings, Task, TaskManager, create_app
 
 if not __debug__:
     raise RuntimeError("these tests need assert statements: run them without -O")
 
+pytestmark = pytest.mark.anyio
 parametrize = pytest.mark.parametrize
 Json: TypeAlias = dict[str, Any]
 Scenario: TypeAlias = Coroutine[Any, Any, None]
@@ -65,44 +73,68 @@ Scenario: TypeAlias = Coroutine[Any, Any, None]
 
 START = 1000.0  # where the virtual clock starts
 BEGIN = datetime(2026, 1, 1, tzinfo=timezone.utc)  # the wall clock at that moment
-real_sleep = asyncio.sleep
+NEEDS_REAL_TIME = "virtual time does not wait for threads, programs and sockets: use @real_time"
+real_sleep = asyncio.sleep  # for tests that patch it
+
+
+def refuse(*_: Any, **__: Any) -> Any:
+    """Take the place of a function that needs real time."""
+    raise RuntimeError(NEEDS_REAL_TIME)
 
 
 class JumpingSelector(selectors.SelectSelector):
     """Moves the clock of its loop to the next timer instead of waiting for it."""
 
     loop: "VirtualLoop"
-    turns = 0  # of the loop since the clock has moved
+    turns = 0  # calls of `select` since the clock has moved
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         """Return the sockets that are ready, or let virtual time pass."""
-        self.loop.shuffle()
+        self.loop.shuffle()  # here, because the loop calls `select` once in each turn
         self.turns += 1
-        if self.turns > 20_000:
-            raise AssertionError("the loop is busy, but virtual time doesn't pass")
+        assert self.turns < 20_000, "the loop is busy, but virtual time doesn't pass"
         events = super().select(0)
-        if not events and timeout is None:
-            raise AssertionError("everything waits forever: use @real_time for threads and sockets")
-        if not events and timeout:
-            self.turns = 0
-            self.loop.moment += timeout
+        if events or timeout == 0:
+            return events
+        assert set(threading.enumerate()) <= self.loop.threads, NEEDS_REAL_TIME
+        assert timeout is not None, "everything waits forever"
+        self.turns = 0
+        self.loop.moment = round(self.loop.moment + timeout, 9)  # rounding errors would add up
         return events
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop with a virtual clock. With a seed, it shuffles its callbacks."""
 
+    run_in_executor: Any = refuse
+    create_connection: Any = refuse
+    create_server: Any = refuse
+    subprocess_exec: Any = refuse
+    subprocess_shell: Any = refuse
+
     def __init__(self, seed: int | None = None) -> None:
         self.moment = START
         self.random = None if seed is None else Random(seed)
+        self.threads = set(threading.enumerate())
         selector = JumpingSelector()
         selector.loop = self
         super().__init__(selector)
-        self._clock_resolution = 1e-9
+        self._clock_resolution = 1e-9  # a coarser one would run timers early
 
     def time(self) -> float:
         """Return the virtual time in seconds."""
         return self.moment
+
+    def wall_clock(self) -> float:
+        """Return what `time.time` returns while this loop is running."""
+        return BEGIN.timestamp() + self.moment - START
+
+    def run_forever(self) -> None:
+        """Run the loop with the wall clock patched, and without `time.sleep`."""
+        with MonkeyPatch.context() as patch:
+            patch.setattr(time, "time", self.wall_clock)
+            patch.setattr(time, "sleep", refuse)
+            super().run_forever()
 
     def shuffle(self) -> None:
         """Change the order of the callbacks that are ready."""
@@ -110,37 +142,25 @@ class VirtualLoop(asyncio.SelectorEventLoop):
             self.random.shuffle(self._ready)  # type: ignore[attr-defined]  # of BaseEventLoop
 
 
+@pytest.fixture
+def anyio_backend() -> tuple[str, Json]:
+    """Tell the plugin of anyio to run each test in virtual time."""
+    return "asyncio", {"loop_factory": VirtualLoop}
+
+
+real_time = parametrize("anyio_backend", ["asyncio"])
+
+
 def run(coroutine: Scenario, seed: int | None = None) -> None:
-    """Run a coroutine in virtual time, with `asyncio.sleep` and the wall clock patched."""
+    """Run a coroutine in a virtual loop of its own."""
     loop = VirtualLoop(seed)
-
-    def wall_clock() -> float:
-        return BEGIN.timestamp() + loop.moment - START
-
-    with MonkeyPatch.context() as patch:
-        patch.setattr(time, "time", wall_clock)
-        try:
-            loop.run_until_complete(coroutine)
-        finally:
-            for task in asyncio.all_tasks(loop):
-                task.cancel()
-            loop.run_until_complete(real_sleep(0))
-            loop.close()
-
-
-def synchronous(test: Any, run: Callable[[Scenario], None]) -> Any:
-    """Return a test that pytest can call, and that runs the coroutine of `test`."""
-
-    @functools.wraps(test)
-    def run_test(*args: Any, **kwargs: Any) -> None:
-        run(test(*args, **kwargs))
-
-    return run_test
-
-
-def real_time(test: Any) -> Any:
-    """Run a test in real time. Its work can use threads, programs and sockets."""
-    return synchronous(test, lambda coroutine: asyncio.run(asyncio.wait_for(coroutine, 60)))
+    try:
+        loop.run_until_complete(coroutine)
+    finally:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(ticks())  # in which the cancelled asyncio tasks end
+        loop.close()
 
 
 def second(text: str) -> float:
@@ -149,8 +169,15 @@ def second(text: str) -> float:
     return (moment - BEGIN).total_seconds()
 
 
+def virtual_loop() -> VirtualLoop:
+    """Return the event loop of the test."""
+    loop = asyncio.get_running_loop()
+    assert isinstance(loop, VirtualLoop)
+    return loop
+
+
 def clock() -> float:
-    """Return the seconds since the start of the test."""
+    """Return the seconds since the start of the test, in virtual time."""
     return asyncio.get_running_loop().time() - START
 
 
@@ -162,10 +189,13 @@ async def ticks(count: int = 10) -> None:
 
 # --- Helpers --------------------------------------------------------------------------------------
 
-SUM = EXAMPLES["compute_sum"]["value"]
+EXAMPLES: dict[str, Json] = {model.example["task_type"]: model.example for model in SUBMISSIONS}
+SUM = EXAMPLES["compute_sum"]
 SLOW = {"task_type": "generate_report", "parameters": {"title": "T", "sections": 6}}
+FAILING = {"task_type": "simulate_failure", "parameters": {}}
 NO_TASK = "00000000-0000-4000-8000-000000000000"
 INTERNAL_ERROR = {"code": "internal_error", "message": "An internal error occurred."}
+BUG = "raised an unexpected exception"  # the end of its line in the log
 LIMITED = "/nowhere"  # a path that doesn't exist, but is limited
 
 
@@ -179,7 +209,7 @@ class Api:
 
     def client(self, host: str | None = "10.0.0.1", **options: Any) -> AsyncClient:
         """Return a client with an address of its own."""
-        transport = ASGITransport(self.app, raise_app_exceptions=False, **options)
+        transport = ASGITransport(self.app, **options)
         transport.client = (host, 1) if host is not None else None  # type: ignore[assignment]
         return AsyncClient(transport=transport, base_url="http://test")
 
@@ -199,45 +229,58 @@ class Api:
         return await self.http.post("/tasks", content=body, headers=headers)
 
     async def get(self, task_id: str, **query: Any) -> Json:
+        """Return a task."""
         response = await self.http.get(f"/tasks/{task_id}", params=query)
         assert response.status_code == 200, response.text
         return dict(response.json())
 
-    async def final(self, task_id: str) -> Json:
+    async def get_final(self, task_id: str) -> Json:
         """Wait until the status of a task is final, and return the task."""
         await final(self.manager, self.manager.get(task_id))
         return await self.get(task_id)
 
+    async def run(self, **changes: Any) -> Json:
+        """Submit a task, wait until its status is final, and return it."""
+        return await self.get_final(await self.submit(**changes))
+
     async def cancel(self, task_id: str) -> httpx.Response:
+        """Cancel a task and return the response."""
         return await self.http.delete(f"/tasks/{task_id}")
 
     async def tasks(self, **query: Any) -> list[Json]:
+        """Return the list of tasks."""
         response = await self.http.get("/tasks", params=query)
         assert response.status_code == 200, response.text
         return list(response.json())
 
 
 def asyncio_tasks() -> set[asyncio.Task[Any]]:
-    """Return the asyncio tasks that are running, without the current one."""
-    return {task for task in asyncio.all_tasks() if task is not asyncio.current_task()}
+    """Return the asyncio tasks that are running, but the current one and anyio's own."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    return {task for task in tasks if task and not task.get_name().startswith("AnyIO")}
 
 
 @asynccontextmanager
 async def ending(manager: TaskManager) -> AsyncIterator[None]:
-    """Assert that everything that was started in the body of `async with` has ended."""
+    """Assert that everything that is started in the body of `async with` has ended after it."""
     before = asyncio_tasks()
     yield
-    assert {task["status"] for task in manager.iterate()} <= set(FINAL)
+    unfinished = [task for task in manager.iterate() if task["status"] not in FINAL]
+    assert unfinished == []
     await ticks()
-    assert asyncio_tasks() <= before
+    assert asyncio_tasks() - before == set(), "these asyncio tasks have not ended"
 
 
 @asynccontextmanager
-async def running(execute: Any = None, **settings: Any) -> AsyncIterator[Api]:
+async def running(
+    execute: Any = None, submissions: Any = SUBMISSIONS, **settings: Any
+) -> AsyncIterator[Api]:
     """Run an app with a rate limit that no test reaches."""
     settings = {"rate_limit": 1_000_000, **settings}
-    api = Api(create_app(Settings(**settings), execute))
-    async with ending(api.manager), api.app.router.lifespan_context(api.app), api.http:
+    api = Api(create_app(Settings(**settings), execute, submissions))
+    # `ending` comes first, so that it looks when the lifespan has ended.
+    lifespan = api.app.router.lifespan_context(api.app)
+    async with ending(api.manager), lifespan, api.http:
         yield api
 
 
@@ -250,40 +293,51 @@ async def managing(execute: Any, **settings: Any) -> AsyncIterator[TaskManager]:
 
 
 async def final(manager: TaskManager, task: Task) -> Task:
-    """Wait until a task is final."""
+    """Wait until a task is final, and return it."""
     for _ in range(100):
         if task["status"] in FINAL:
             return task
         await manager.wait(task["task_id"])
-    raise AssertionError("the task doesn't finish")
+    raise AssertionError(f"not final after 100 polls: {task}")
 
 
-def check(manager: TaskManager) -> None:
-    """Assert that /health and the list agree."""
+async def outcome(manager: TaskManager, parameters: Json | None = None) -> Task:
+    """Submit a task of the type "test", wait until it is final, and return it."""
+    return await final(manager, manager.submit("test", parameters or {}))
+
+
+def assert_counts_agree(manager: TaskManager) -> None:
+    """Assert that the counts of /health agree with the list."""
     statuses = [task["status"] for task in manager.iterate()]
     health = manager.health()
-    for status in TRANSITIONS:
-        assert health["tasks"][status] == statuses.count(status)
+    assert health["tasks"] == {status: statuses.count(status) for status in TRANSITIONS}
     assert health["queue"]["size"] == statuses.count("queued")
-    assert health["workers"]["busy"] == statuses.count("processing")
-    assert health["workers"]["busy"] <= health["workers"]["total"]
+    # A worker is also busy while cancelled work cleans up.
+    assert statuses.count("processing") <= health["workers"]["busy"] <= health["workers"]["total"]
 
 
 @pytest.fixture(autouse=True)
 def expected_errors(caplog: LogCaptureFixture) -> Iterator[list[str]]:
-    """Fail a test whose errors in the log, each with a traceback, are not those it expects."""
+    """Fail a test whose errors in the log are not those that it has put into this list.
+
+    An item is the end of a message. Each error needs an item of its own, and a traceback.
+    """
     expected: list[str] = []
     caplog.set_level(logging.INFO)
     yield expected
-    gc.collect(1)  # asyncio logs an exception that was never retrieved when its task is collected
-    records = caplog.get_records("call") + caplog.get_records("teardown")
-    errors = [record for record in records if record.levelno >= logging.ERROR]
-    messages = [record.getMessage() for record in errors]
-    assert all(record.exc_info for record in errors), messages
-    for message in messages:
-        assert any(message.endswith(part) for part in expected), message
-    for part in expected:
-        assert any(message.endswith(part) for message in messages), part
+    # asyncio logs an exception that nobody has read when its asyncio task is freed. The oldest
+    # generation is left out, because collecting it takes longer than the test.
+    gc.collect(1)
+    missing = list(expected)
+    for record in caplog.get_records("call") + caplog.get_records("teardown"):
+        if record.levelno < logging.ERROR:
+            continue
+        message = record.getMessage()
+        assert record.exc_info, f"logged without a traceback: {message}"
+        found = [part for part in missing if message.endswith(part)]
+        assert found, f"logged, but not expected: {message}: {record.exc_info[1]!r}"
+        missing.remove(found[0])
+    assert missing == [], "expected, but not logged"
 
 
 def problem_of(response: httpx.Response, status: int) -> Json:
@@ -292,23 +346,52 @@ def problem_of(response: httpx.Response, status: int) -> Json:
     assert response.headers["content-type"] == "application/problem+json"
     assert response.headers["cache-control"] == "no-store"
     body = dict(response.json())
-    assert body["type"] == "about:blank"
-    assert body["status"] == status
-    assert body["title"]
+    head = {name: body[name] for name in ("type", "title", "status")}
+    assert head == {"type": "about:blank", "title": responses[status], "status": status}
     return body
 
 
+def assert_one_error(response: httpx.Response, pointer: str, detail: str) -> None:
+    """Assert that a response is a short 400 with this pointer, and a detail that ends like this."""
+    problem = problem_of(response, 400)
+    assert problem["detail"] == "The request is invalid."
+    (error,) = problem["errors"]
+    assert error["pointer"] == pointer
+    assert error["detail"].endswith(detail)
+    assert len(response.content) < 600
+
+
+@contextmanager
+def naming(case: object) -> Iterator[None]:
+    """Say with which row of a table, or with which seed, a test fails."""
+    try:
+        yield
+    except Exception as exc:
+        raise AssertionError(f"with {case}: {type(exc).__name__}: {exc}") from exc
+
+
+def messages(caplog: LogCaptureFixture) -> list[str]:
+    """Return the lines of the log that are about tasks."""
+    return [line for line in caplog.messages if line.startswith("task ")]
+
+
+# Work for tests.
+
+
 async def complete(*_: Any) -> str:
+    """Complete after four turns of the event loop."""
     await ticks(4)
     return "done"
 
 
 async def fail(*_: Any) -> None:
+    """Fail after four turns of the event loop."""
     await ticks(4)
     raise main.TaskFailedError("failed")
 
 
 async def resist(*_: Any) -> str:
+    """Complete after eight turns. Each cancellation only ends one of them."""
     for _turn in range(8):
         with suppress(asyncio.CancelledError):
             await ticks(1)
@@ -316,11 +399,31 @@ async def resist(*_: Any) -> str:
 
 
 async def hundred_seconds(*_: Any) -> None:
+    """Take 100 s."""
     await asyncio.sleep(100)
 
 
 async def forever(*_: Any) -> None:
+    """Wait until cancelled."""
     await asyncio.Event().wait()
+
+
+async def deaf(*_: Any) -> str:
+    """Ignore every cancellation until second 100."""
+    while clock() < 100:
+        with suppress(asyncio.CancelledError):
+            await asyncio.sleep(100 - clock())
+    return "late"
+
+
+def raising(exception: BaseException) -> Any:
+    """Return work that raises an exception."""
+    return AsyncMock(side_effect=exception)
+
+
+def returning(value: Any) -> Any:
+    """Return work that returns a value."""
+    return AsyncMock(return_value=value)
 
 
 # === The exercise =================================================================================
@@ -347,7 +450,7 @@ async def test_polling_with_patched_sleep() -> None:
 
     with MonkeyPatch.context() as patch:
         patch.setattr(asyncio, "sleep", sleep)
-        async with running(cleanup_interval=1000) as api:
+        async with running() as api:
             task_id = await api.submit(parameters={"numbers": [1, 2, 3]})
             task = await api.get(task_id)
             while task["status"] in ("queued", "processing"):
@@ -364,51 +467,48 @@ async def test_rate_limit() -> None:
         for _ in range(10):
             assert (await api.http.get("/tasks")).status_code == 200
         response = await api.http.get("/tasks")
-        assert response.status_code == 429
-        await asyncio.sleep(int(response.headers["retry-after"]))
+        problem_of(response, 429)
+        assert response.headers["retry-after"] == "60"
+        await asyncio.sleep(60)
         assert (await api.http.get("/tasks")).status_code == 200
 
 
 async def test_cancellation() -> None:
-    """Queued and processing tasks can be cancelled, finished tasks cannot."""
+    """A queued or processing task is cancelled, and the response is the task as it stays."""
     async with running(workers=1) as api:
         processing = await api.submit()
         queued = await api.submit()
         await ticks()
-        for task_id in (queued, processing, queued):
+        for task_id in (queued, processing):
             response = await api.cancel(task_id)
             assert response.status_code == 200
-            assert response.json() == await api.get(task_id)
             assert response.json()["status"] == "cancelled"
-        completed = await api.submit()
-        task = await api.final(completed)
-        problem = problem_of(await api.cancel(completed), 409)
-        assert problem["detail"] == "The task has already completed."
-        assert problem["task"] == task
-        problem_of(await api.cancel(NO_TASK), 404)
+            assert response.json() == await api.get(task_id)
 
 
 async def test_concurrency() -> None:
     """Five tasks are processed at the same time, and a free worker takes the next one."""
     async with running() as api:
         ids = [await api.submit() for _ in range(7)]
-        tasks = [await api.final(task_id) for task_id in ids]
+        tasks = [await api.get_final(task_id) for task_id in ids]
         starts = [second(task["started_at"]) for task in tasks]
         assert starts == [0, 0, 0, 0, 0, 5, 5]
 
 
-async def test_full_queue() -> None:
+async def test_full_queue(caplog: LogCaptureFixture) -> None:
     """If the queue is full, a submission is refused with 503 and leaves no trace."""
     async with running(workers=1, queue_size=2) as api:
         await api.submit()
         await ticks()
         waiting = await api.submit()
         await api.submit()
+        before = messages(caplog)
         response = await api.post()
         assert problem_of(response, 503)["detail"] == "The queue is full."
-        assert int(response.headers["retry-after"]) >= 1
+        assert response.headers["retry-after"] == "10"
         assert len(await api.tasks()) == 3
-        await api.cancel(waiting)  # gives its place back
+        assert messages(caplog) == before
+        await api.cancel(waiting)  # gives its slot back
         await api.submit()
 
 
@@ -416,8 +516,7 @@ async def test_invalid_parameters() -> None:
     """An invalid submission is refused with 400 and a pointer to the error."""
     async with running() as api:
         response = await api.post(parameters={"numbers": [1, "two"]})
-        (error,) = problem_of(response, 400)["errors"]
-        assert error["pointer"] == "/parameters/numbers/1"
+        assert_one_error(response, "/parameters/numbers/1", NUMBER)
         assert await api.tasks() == []
 
 
@@ -431,28 +530,28 @@ async def test_concurrent_polls() -> None:
         polls.pop().cancel()
         for task in await asyncio.gather(*polls):
             assert task["status"] == "completed"
-        assert clock() == pytest.approx(5)
+        assert clock() == 5
 
 
-@parametrize("task", [SUM, {"task_type": "simulate_failure"}, None])
-async def test_clean_up(task: Json | None) -> None:
+@parametrize("status", FINAL)
+async def test_clean_up(status: str) -> None:
     """A completed, failed or cancelled task can be read until its `expires_at`, not longer."""
-    async with running(retention=600, cleanup_interval=100_000) as api:
-        response = await api.http.post("/tasks", json=task or SUM)
-        task_id = response.json()["task_id"]
-        if task is None:
+    async with running(retention=600, cleanup_interval=100_000) as api:  # the timer never runs
+        task_id = await api.submit(**(FAILING if status == "failed" else SUM))
+        if status == "cancelled":
             await api.cancel(task_id)
-        finished = await api.final(task_id)
-        assert second(finished["expires_at"]) == second(finished["finished_at"]) + 600
+        task = await api.get_final(task_id)
+        assert task["status"] == status
+        assert second(task["expires_at"]) == second(task["finished_at"]) + 600
         await asyncio.sleep(599.75)
-        assert await api.get(task_id) == finished
+        assert await api.get(task_id) == task
         await asyncio.sleep(0.25)
         problem = problem_of(await api.http.get(f"/tasks/{task_id}"), 404)
         assert problem["detail"] == "There is no such task. It may have expired."
         problem_of(await api.cancel(task_id), 404)
 
 
-# === Submission and results =======================================================================
+# === Submission and parameters ====================================================================
 
 
 async def test_a_task_has_the_same_fields_in_every_state() -> None:
@@ -464,80 +563,39 @@ async def test_a_task_has_the_same_fields_in_every_state() -> None:
         queued = await api.get(task_id)
         await asyncio.sleep(13.5)
         processing = await api.get(task_id)
-        completed = await api.final(task_id)
-    empty = {"result": None, "error": None, "finished_at": None, "expires_at": None}
-    assert queued == queued | empty | {"status": "queued", "progress": 0, "started_at": None}
-    assert processing == processing | empty | {"status": "processing", "progress": 60}
-    assert completed == completed | {"status": "completed", "progress": 100, "error": None}
-    assert completed["result"] == "T\n3 sections"
-    for task in (queued, processing, completed):
-        assert list(task) == list(Task.__annotations__)
-        assert task["task_type"] == "generate_report"
-        assert task["parameters"] == {"title": "T", "sections": 3}
-        assert task["priority"] == "normal"
-        assert task["created_at"] == "2026-01-01T00:00:01.000000Z"
-    assert second(processing["started_at"]) == pytest.approx(5)
-    assert second(completed["finished_at"]) == pytest.approx(20)
+        completed = await api.get_final(task_id)
+    assert queued == {
+        "task_id": task_id,
+        "task_type": "generate_report",
+        "parameters": {"title": "T", "sections": 3},
+        "priority": "normal",
+        "status": "queued",
+        "progress": 0,
+        "result": None,
+        "error": None,
+        "created_at": "2026-01-01T00:00:01.000000Z",
+        "started_at": None,
+        "finished_at": None,
+        "expires_at": None,
+    }
+    started = {"started_at": "2026-01-01T00:00:05.000000Z"}
+    assert processing == queued | started | {"status": "processing", "progress": 60}
+    assert completed == processing | {
+        "status": "completed",
+        "progress": 100,
+        "result": "T\n3 sections",
+        "finished_at": "2026-01-01T00:00:20.000000Z",
+        "expires_at": "2026-01-01T00:10:20.000000Z",
+    }
 
 
-@parametrize("message", ["simulated failure", "no disk"])
-async def test_a_failure(message: str) -> None:
-    """simulate_failure fails after 5 s with the message of the client, or with the default one."""
-    parameters = {"message": message} if message == "no disk" else {}
-    async with running(main.execute) as api:
-        task = await api.final(
-            await api.submit(task_type="simulate_failure", parameters=parameters)
-        )
-        assert task["error"] == {"code": "task_failed", "message": message}
-        assert (task["status"], task["result"], task["progress"]) == ("failed", None, 90)
-        assert clock() == pytest.approx(5)
-
-
-SUMS: list[tuple[list[float], float]] = [
-    ([1, 2, 3], 6),
-    ([2**60 + 1, 10**300], 2**60 + 1 + 10**300),
-    ([0.1] * 10, 1.0),
-    ([1e300] * 1000, math.fsum([1e300] * 1000)),
-    ([1e300, 1e150, 0.5, -1e300, -1e150], 0.5),
-]
-
-
-@parametrize(("numbers", "result"), SUMS)
-async def test_sums(numbers: list[float], result: float) -> None:
-    """Integers stay integers, also in the parameters. The sum of floats is correctly rounded."""
+async def test_concurrent_submissions() -> None:
+    """Of several submissions at the same time, each gets the id of its own task."""
     async with running() as api:
-        task = await api.final(await api.submit(parameters={"numbers": numbers}))
-        # Unlike `==`, `repr` tells 1 from 1.0.
-        assert repr(task["parameters"]) == repr({"numbers": numbers})
-        assert repr(task["result"]) == repr(result)
-
-
-async def test_progress() -> None:
-    """Progress is an integer that never falls, and odd values of the work change nothing."""
-    seen: list[int] = []
-
-    async def work(_: str, __: Json, report: Report) -> None:
-        for percent in (-5, math.nan, -math.inf, 40.7, 20, math.nan, 101, math.inf, 100):
-            report(percent)
-            seen.append(task["progress"])
-
-    async with managing(work) as manager:
-        task = manager.submit("test", {})
-        await final(manager, task)
-    assert seen == [0, 0, 0, 40, 40, 40, 40, 40, 99]
-    assert task["status"] == "completed"
-
-
-async def test_the_wall_clock_decides_nothing() -> None:
-    """If the wall clock is set, later times change, but no deadline does."""
-    async with running(retention=600) as api:
-        task_id = await api.submit()
-        await ticks()
-        time.time = lambda: BEGIN.timestamp() + 400 * 24 * 3600  # `run` restores it
-        task = await api.final(task_id)
-        assert second(task["finished_at"]) == 400 * 24 * 3600
-        await asyncio.sleep(599.5)
-        assert await api.get(task_id) == task
+        bodies = [{"numbers": [number]} for number in range(10)]
+        responses = await asyncio.gather(*[api.post(parameters=body) for body in bodies])
+        for body, response in zip(bodies, responses, strict=True):
+            assert (await api.get(response.json()["task_id"]))["parameters"] == body
 
 
 async def test_nothing_outside_can_change_a_task() -> None:
@@ -559,11 +617,305 @@ async def test_nothing_outside_can_change_a_task() -> None:
         assert task["result"] == []
 
 
+async def test_progress() -> None:
+    """Progress is an integer that never falls, and values that are no percentage change nothing."""
+    seen: list[int] = []
+
+    async def work(_: str, __: Json, report: Report) -> None:
+        for percent in (-5, math.nan, -math.inf, 40.7, 20, math.nan, 101, math.inf, 100):
+            report(percent)
+            seen.append(task["progress"])
+
+    async with managing(work) as manager:
+        task = manager.submit("test", {})
+        await final(manager, task)
+    assert seen == [0, 0, 0, 40, 40, 40, 40, 40, 99]
+    assert (task["status"], task["progress"]) == ("completed", 100)
+
+
+async def test_the_wall_clock_decides_nothing() -> None:
+    """If the wall clock is set, later times change, but no order, limit or deadline does."""
+    year = 400 * 24 * 3600
+    async with running(workers=1, rate_limit=5, retention=600) as api:
+        first = await api.submit()
+        await ticks()
+        low = await api.submit(priority="low")
+        time.time = lambda: BEGIN.timestamp() + year  # the loop restores it
+        high = await api.submit(priority="high")
+        assert (await api.http.get(LIMITED)).headers["ratelimit"] == '"default";r=1;t=60'
+        await final(api.manager, api.manager.get(low))
+        starts = [api.manager.get(task_id)["started_at"] or "" for task_id in (high, low)]
+        assert starts == sorted(starts)
+        assert clock() == 15
+        await asyncio.sleep(590 - 0.25)
+        assert second(api.manager.get(first)["finished_at"] or "") == year
+        await asyncio.sleep(0.25)
+        with pytest.raises(main.TaskNotFoundError):
+            api.manager.get(first)
+
+
+# === Task types ===================================================================================
+#
+# For a new task type in main.py, the first three tests name what was forgotten, and RESULTS is the
+# place for what it should return.
+
+RESULTS: list[tuple[str, Json, Any]] = [
+    ("compute_sum", {"numbers": [1, 2, 3]}, 6),
+    ("compute_sum", {"numbers": [2**60 + 1, 10**300]}, 2**60 + 1 + 10**300),
+    ("compute_sum", {"numbers": [1, 0.5]}, 1.5),
+    ("compute_sum", {"numbers": [2.0]}, 2.0),
+    ("compute_sum", {"numbers": [1e300] * 1000}, sum([1e300] * 1000)),
+    ("generate_report", {"title": " T ", "sections": 2}, " T \n2 sections"),
+]
+
+
+def test_every_submission_is_in_the_tuple() -> None:
+    """Each model of a submission in main.py is in SUBMISSIONS, and its example is valid."""
+    models = main.BaseSubmission.__subclasses__()
+    assert [model for model in models if model.__module__ == "main"] == list(SUBMISSIONS)
+    for model in SUBMISSIONS:
+        assert model.model_validate(model.example)
+
+
+@parametrize("task_type", EXAMPLES)
+async def test_every_task_type_has_a_case(task_type: str) -> None:
+    """`execute` knows every task type. Only its first step runs, so nothing is really done."""
+
+    class Reached(Exception):
+        """The work has looked at its parameters."""
+
+    class Parameters(dict[str, Any]):
+        def __getitem__(self, key: str) -> Any:
+            raise Reached
+
+    coroutine = main.execute(task_type, Parameters(), lambda _: None)
+    with suppress(Reached, StopIteration):  # StopIteration: it has returned without a step
+        coroutine.send(None)
+    coroutine.close()
+
+
+@parametrize("task_type", EXAMPLES)
+def test_every_task_type_has_a_result(task_type: str) -> None:
+    """RESULTS has a row for every task type, apart from the one that always fails."""
+    assert task_type in {row[0] for row in RESULTS} | {"simulate_failure"}
+
+
+@parametrize(("task_type", "parameters", "result"), RESULTS, ids=range(len(RESULTS)))
+async def test_a_result(task_type: str, parameters: Json, result: Any) -> None:
+    """A task keeps its parameters as they were sent, and has the right result."""
+    async with running() as api:
+        task = await api.run(task_type=task_type, parameters=parameters)
+        # Unlike `==`, `repr` tells 1 from 1.0.
+        assert repr(task["parameters"]) == repr(parameters)
+        assert repr(task["result"]) == repr(result)
+
+
+@parametrize(
+    ("parameters", "message"), [({}, "simulated failure"), ({"message": "no disk"}, "no disk")]
+)
+async def test_a_failure(parameters: Json, message: str) -> None:
+    """simulate_failure fails after 5 s with the message of the client, or with the default one."""
+    async with running(main.execute) as api:  # without a time scale, which is 1 by default
+        task = await api.run(task_type="simulate_failure", parameters=parameters)
+        assert task["error"] == {"code": "task_failed", "message": message}
+        assert (task["status"], task["result"], task["progress"]) == ("failed", None, 90)
+        assert clock() == 5
+
+
+@parametrize(("time_scale", "seconds"), [(0, 0), (0.5, 5), (1, 10)])
+async def test_the_time_scale(time_scale: float, seconds: float) -> None:
+    """The time scale multiplies the duration of the simulated work, and 0 means no duration."""
+    async with running(time_scale=time_scale) as api:
+        await api.run(task_type="generate_report", parameters={"title": "T", "sections": 2})
+        assert clock() == seconds
+
+
+# === Task types of one's own ======================================================================
+
+
+class Color(Enum):
+    """An enumeration."""
+
+    RED = "red"
+
+
+class Point(main.StrictModel):
+    """A nested model, with a name that is not its name in JSON."""
+
+    x_value: int = Field(alias="x")
+
+
+class Circle(main.StrictModel):
+    """A member of a union."""
+
+    shape: Literal["circle"]
+    radius: float
+
+
+class Square(main.StrictModel):
+    """Another member of a union."""
+
+    shape: Literal["square"]
+    side: float
+
+
+class RichParameters(main.StrictModel):
+    """Parameters of many types."""
+
+    when: datetime
+    day: date
+    key: UUID
+    amount: Decimal
+    color: Color
+    folder: Path
+    tags: set[int]
+    pair: tuple[int, str]
+    raw: bytes
+    ratio: float
+    point: Point
+    choice: int | Literal["none"]
+    drawing: Annotated[Circle | Square, Field(discriminator="shape")]
+    free: dict[str, Any]
+
+
+RICH: Json = {
+    "when": "2026-02-03T04:05:06Z",
+    "day": "2026-02-03",
+    "key": NO_TASK,
+    "amount": "1.50",
+    "color": "red",
+    "folder": "a/b",
+    "tags": [7],
+    "pair": [1, "b"],
+    "raw": "bytes",
+    "ratio": 2,
+    "point": {"x": 5},
+    "choice": "none",
+    "drawing": {"shape": "circle", "radius": 1.5},
+    "free": {"a": [1, None]},
+}
+
+
+class RichSubmission(main.BaseSubmission):
+    """Do something with rich parameters."""
+
+    example: ClassVar[Json] = {"task_type": "rich", "parameters": RICH}
+    task_type: Literal["rich"]
+    parameters: RichParameters
+
+
+class PlainParameters(main.StrictModel):
+    """Parameters that can all be left out."""
+
+    count: int = 1
+
+
+class PlainSubmission(main.BaseSubmission):
+    """Do something with parameters that can be left out."""
+
+    example: ClassVar[Json] = {"task_type": "plain"}
+    task_type: Literal["plain"]
+    parameters: PlainParameters = PlainParameters()
+
+
+OWN: dict[str, tuple[Any, ...]] = {
+    "one type": (PlainSubmission,),
+    "several types": (RichSubmission, PlainSubmission),
+    "with those of the file": (*SUBMISSIONS, RichSubmission, PlainSubmission),
+}
+
+
+async def echo(task_type: str, parameters: Json, _: Report) -> Json:
+    """Return what the work has received."""
+    return {"task_type": task_type, "parameters": parameters}
+
+
+@parametrize("submissions", OWN.values(), ids=OWN)
+async def test_types_of_ones_own(submissions: tuple[Any, ...]) -> None:
+    """An app has the types that it was given, in its requests, errors, examples and OpenAPI."""
+    async with running(echo, submissions) as api:
+        types = [model.example["task_type"] for model in submissions]
+        task = await api.run(task_type="plain", parameters={})
+        assert task["result"] == {"task_type": "plain", "parameters": {"count": 1}}
+        for response in (await api.post(task_type="other"), await api.post(task_type=5)):
+            detail = ", ".join(repr(name) for name in types)
+            assert_one_error(response, "/task_type", f"Input should be one of {detail}")
+        response = await api.http.post("/tasks", json={"parameters": {}})
+        assert_one_error(response, "/task_type", "Field required")
+
+        operation = api.app.openapi()["paths"]["/tasks"]["post"]
+        content = operation["requestBody"]["content"]["application/json"]
+        assert list(content["examples"]) == types
+        assert list(content["schema"]["discriminator"]["mapping"]) == types
+        for model, example in zip(submissions, content["examples"].values(), strict=True):
+            assert example == {"value": model.example}
+            assert (await api.http.post("/tasks", json=example["value"])).status_code == 202
+
+
+async def test_two_apps_with_different_types() -> None:
+    """Two apps in one process don't know each other's types."""
+    async with running(echo, (PlainSubmission,)) as one, running() as two:
+        await one.submit(task_type="plain", parameters={})
+        await two.submit()
+        assert_one_error(await one.post(), "/task_type", "Input should be one of 'plain'")
+        problem_of(await two.post(task_type="plain", parameters={}), 400)
+
+
+async def test_types_of_ones_own_without_work(expected_errors: list[str]) -> None:
+    """Without an `execute` for it, a type of one's own fails with an internal error."""
+    expected_errors.append(f"plain {BUG}")
+    async with running(submissions=(PlainSubmission,)) as api:
+        task = await api.run(task_type="plain", parameters={})
+        assert task["error"] == INTERNAL_ERROR
+
+
+async def test_parameters_of_every_type() -> None:
+    """Parameters are stored in the JSON form of their types, from which the model can be made."""
+    stored = RICH | {"ratio": 2.0}
+    async with running(echo, (RichSubmission,)) as api:
+        task = await api.run(task_type="rich", parameters=RICH)
+        assert repr(task["parameters"]) == repr(stored)
+        assert task["result"]["parameters"] == stored
+        model = RichParameters.model_validate(task["parameters"])
+        assert model == RichParameters.model_validate(RICH)
+        assert (model.point.x_value, model.amount) == (5, Decimal("1.50"))
+
+
+BAD_RICH: list[tuple[Json, str, str]] = [
+    ({"when": "soon"}, "/when", "input is too short"),
+    ({"point": {"x": "five"}}, "/point/x", "unable to parse string as an integer"),
+    ({"point": {}}, "/point/x", "Field required"),
+    ({"pair": [1]}, "/pair/1", "Field required"),
+    ({"drawing": {"shape": "circle"}}, "/drawing/radius", "Field required"),
+    ({"drawing": {"shape": "x"}}, "/drawing/shape", "one of 'circle', 'square'"),
+    ({"drawing": {}}, "/drawing/shape", "Field required"),
+    ({"ratio": math.nan}, "", "The value has no JSON form."),
+    ({"free": {"a": "\ud800"}}, "", "The value has no JSON form."),
+]
+
+
+@parametrize(("change", "pointer", "detail"), BAD_RICH, ids=range(len(BAD_RICH)))
+async def test_bad_parameters_of_every_type(change: Json, pointer: str, detail: str) -> None:
+    """The pointer of an error leads to a place in the body, in nested models and unions too."""
+    async with running(echo, (RichSubmission,)) as api:
+        body = {"task_type": "rich", "parameters": RICH | change}
+        response = await api.send(json.dumps(body).encode())
+        assert_one_error(response, f"/parameters{pointer}", detail)
+
+
+async def test_an_error_in_each_member_of_a_union() -> None:
+    """If no member of a union fits, there is an error for each, with the same pointer."""
+    async with running(echo, (RichSubmission,)) as api:
+        response = await api.post(task_type="rich", parameters=RICH | {"choice": []})
+        errors = problem_of(response, 400)["errors"]
+        assert [error["pointer"] for error in errors] == ["/parameters/choice"] * 2
+
+
 # === The list =====================================================================================
 
 
 async def test_the_list() -> None:
-    """The list is in the order of submission, and `limit` is applied after the filter."""
+    """The newest task comes first, and `limit` is applied after the filter."""
     async with running(workers=1) as api:
         response = await api.http.get("/tasks")
         assert response.json() == []
@@ -573,64 +925,100 @@ async def test_the_list() -> None:
         await asyncio.sleep(5.01)
         await api.cancel(ids[2])
         tasks = await api.tasks()
-        assert tasks == [await api.get(task_id) for task_id in ids]
+        assert tasks == [await api.get(task_id) for task_id in reversed(ids)]
         statuses = [task["status"] for task in tasks]
-        assert statuses == ["completed", "processing", "cancelled", "queued", "queued"]
+        assert statuses == ["queued", "queued", "cancelled", "processing", "completed"]
         assert await api.tasks(status="cancelled") == tasks[2:3]
-        assert await api.tasks(status="queued", limit=1) == tasks[3:4]
+        assert await api.tasks(status="queued", limit=1) == tasks[:1]
         assert await api.tasks(limit=2) == tasks[:2]
         assert await api.tasks(status="failed") == []
-        assert await api.tasks(status="queued", limit=10**30) == tasks[3:]
+        assert await api.tasks(status="queued", limit=10**30) == tasks[:2]
 
 
+@parametrize("limit", [None, 1, 100, 1000])
 @parametrize("count", [0, 1, 99, 100, 101, 500])
-async def test_the_list_at_every_length(count: int) -> None:
+async def test_the_list_at_every_length(count: int, limit: int | None) -> None:
     """A list is valid JSON with a task on each line, and others get a turn after 100 tasks."""
     async with managing(forever, queue_size=1000) as manager:
         tasks = [manager.submit("test", {}) for _ in range(count)]
         await ticks()
-        for limit in (None, 1, 100, count or 1):
-            turns: list[None] = []
-            parts = []
-            async for part in main.stream_tasks(manager.iterate(), limit):
-                asyncio.get_running_loop().call_soon(turns.append, None)
-                parts.append(part)
-            body = b"".join(parts)
-            assert json.loads(body) == tasks[:limit]
-            assert len(body.splitlines()) == len(tasks[:limit]) + 2
-            assert all(parts)
-            assert len(turns) == len(parts) - 1
-            assert limit or len(turns) == count // 100
+        turns: list[None] = []
+        parts = []
+        async for part in main.stream_tasks(manager.iterate(), limit):
+            virtual_loop().call_soon(turns.append, None)
+            parts.append(part)
+        expected = tasks[::-1][:limit]
+        lines = b"".join(parts).decode().splitlines()
+        assert [json.loads(line.rstrip(",")) for line in lines[1:-1]] == expected
+        assert json.loads("".join(lines)) == expected
+        assert (lines[0], lines[-1]) == ("[", "]")
+        # Each part but the last one is followed by a turn of the others. With a limit of 100, the
+        # list ends before the first part is full.
+        assert all(parts)
+        assert len(turns) == len(parts) - 1
+        assert len(turns) == (len(expected) // 100 if limit != 100 else 0)
 
 
 async def test_tasks_change_while_a_list_is_read() -> None:
-    """A slow reader sees each task as it is when its part is made, and no expired ones."""
+    """A slow reader sees each task as it is when its part is made, no expired and no new ones."""
     async with managing(forever, queue_size=1000, retention=10) as manager:
         ids = [manager.submit("test", {})["task_id"] for _ in range(500)]
-        manager.cancel(ids[-1])
-        stream = main.stream_tasks(manager.iterate(), None)
+        manager.cancel(ids[0])
+        tasks = manager.iterate()
+        manager.submit("test", {})  # after the request, before the first part
+        stream = main.stream_tasks(tasks, None)
         body = await anext(stream)
         manager.submit("test", {})
         await asyncio.sleep(10)
-        manager.cancel(ids[-2])
+        manager.cancel(ids[1])
+        body += await anext(stream)
+        manager.cancel(ids[2])
+        await asyncio.sleep(10)  # ids[1] and ids[2] expire in the middle of the list
         body += b"".join([part async for part in stream])
         statuses = {task["task_id"]: task["status"] for task in json.loads(body)}
-        assert list(statuses) == ids[:-1]
-        assert statuses[ids[-2]] == "cancelled"
+        assert list(statuses) == ids[:2:-1]
+
+
+async def test_a_list_filters_when_a_task_is_reached() -> None:
+    """A task that gets or loses the status during the list is judged when it is reached."""
+    async with managing(forever, workers=1) as manager:
+        ids = [manager.submit("test", {})["task_id"] for _ in range(3)]
+        await ticks()
+        tasks = manager.iterate("queued")
+        assert next(tasks)["task_id"] == ids[2]
+        manager.cancel(ids[1])
+        assert list(tasks) == []
+        tasks = manager.iterate("cancelled")
+        manager.cancel(ids[2])
+        assert [task["task_id"] for task in tasks] == [ids[2], ids[1]]
 
 
 # === Polling ======================================================================================
 
 
 async def test_a_long_poll_ends_with_the_change() -> None:
-    """A long poll is answered at the moment of the next change, or immediately if there is none."""
+    """A long poll is answered at the moment of the next change, and not by progress."""
     async with running(workers=1) as api:
         await api.submit()
         task_id = await api.submit()
-        for status, moment in (("processing", 5), ("completed", 10), ("completed", 10)):
+        for status, moment in (("processing", 5), ("completed", 10)):
             assert (await api.get(task_id, wait=True))["status"] == status
-            assert clock() == pytest.approx(moment)
+            assert clock() == moment
+
+
+@parametrize("status", FINAL)
+async def test_a_long_poll_of_a_final_task(status: str) -> None:
+    """A final task is returned immediately, whatever its status is."""
+    async with running() as api:
+        task_id = await api.submit(**(FAILING if status == "failed" else SUM))
+        if status == "cancelled":
+            await api.cancel(task_id)
+        await api.get_final(task_id)
+        before = clock()
+        assert (await api.get(task_id, wait=True))["status"] == status
+        assert clock() == before
         problem_of(await api.http.get(f"/tasks/{NO_TASK}?wait=true"), 404)
+        assert clock() == before
 
 
 @parametrize("long_poll", [0, 3, 10])
@@ -641,7 +1029,7 @@ async def test_a_long_poll_has_a_timeout(long_poll: float) -> None:
         await ticks()
         for wait in (True, False):
             assert (await api.get(task_id, wait=wait))["status"] == "processing"
-            assert clock() == pytest.approx(long_poll)
+            assert clock() == long_poll
 
 
 async def test_a_task_expires_before_its_poll_goes_on() -> None:
@@ -652,12 +1040,65 @@ async def test_a_task_expires_before_its_poll_goes_on() -> None:
         poll = asyncio.create_task(manager.wait(task["task_id"]))
         await ticks()
         manager.cancel(task["task_id"])
-        asyncio.get_running_loop().moment += 2  # type: ignore[attr-defined]  # the loop was busy
+        virtual_loop().moment += 2  # something has blocked the loop
         manager.expire()
         assert (await poll)["status"] == "cancelled"
 
 
+def count_events() -> int:
+    """Return how many objects of asyncio.Event exist."""
+    gc.collect()
+    return sum(isinstance(thing, asyncio.Event) for thing in gc.get_objects())
+
+
+async def test_polls_leave_nothing_behind() -> None:
+    """After polls of final, unknown and unfinished tasks, no Event is held."""
+    async with managing(complete) as manager:
+        before = count_events()
+        tasks = [manager.submit("test", {}) for _ in range(50)]
+        await asyncio.gather(*[final(manager, task) for task in tasks])
+        for task in tasks:
+            await manager.wait(task["task_id"])
+        with pytest.raises(main.TaskNotFoundError):
+            await manager.wait(NO_TASK)
+        assert count_events() == before
+
+
 # === Cancellation =================================================================================
+
+
+async def test_cancelling_twice() -> None:
+    """Cancelling a cancelled task is not an error, and changes nothing."""
+    async with running(forever) as api:
+        task_id = await api.submit()
+        await ticks()
+        first = await api.cancel(task_id)
+        await asyncio.sleep(1)
+        second = await api.cancel(task_id)
+        assert second.status_code == 200
+        assert second.json() == first.json()
+
+
+@parametrize(("body", "status"), [(SUM, "completed"), (FAILING, "failed")])
+async def test_cancelling_a_finished_task(body: Json, status: str) -> None:
+    """A completed or failed task cannot be cancelled: 409 with the task."""
+    async with running() as api:
+        task = await api.run(**body)
+        problem = problem_of(await api.cancel(task["task_id"]), 409)
+        assert problem["detail"] == f"The task has already {status}."
+        assert problem["task"] == task
+        problem_of(await api.cancel(NO_TASK), 404)
+
+
+async def test_the_times_of_cancelled_tasks() -> None:
+    """A task that was processed keeps its `started_at`. One that was only queued has none."""
+    async with managing(forever, workers=1) as manager:
+        processed, queued = manager.submit("test", {}), manager.submit("test", {})
+        await asyncio.sleep(3)
+        for task, start in ((queued, None), (processed, "2026-01-01T00:00:00.000000Z")):
+            manager.cancel(task["task_id"])
+            assert task["started_at"] == start
+            assert task["finished_at"] == "2026-01-01T00:00:03.000000Z"
 
 
 async def test_cancelled_work_cleans_up_undisturbed(expected_errors: list[str]) -> None:
@@ -673,7 +1114,7 @@ async def test_cancelled_work_cleans_up_undisturbed(expected_errors: list[str]) 
             report(50)
             raise ValueError("in the clean-up")
 
-    expected_errors.append("unexpected exception")
+    expected_errors.append(BUG)
     async with managing(work, task_timeout=10) as manager:
         task = manager.submit("test", {})
         await asyncio.sleep(9.5)
@@ -688,18 +1129,19 @@ async def test_cancelled_work_cleans_up_undisturbed(expected_errors: list[str]) 
 
 
 async def test_too_many_tasks() -> None:
-    """With `max_tasks` tasks, a submission is refused until one of them has expired."""
+    """With `max_tasks` tasks, finished ones included, a submission is refused until one expires."""
     async with running(workers=1, max_tasks=3, retention=20) as api:
         for _ in range(3):
             await api.submit()
+        await asyncio.sleep(24.99)  # the first task has finished at 5, and expires at 25
         response = await api.post()
         assert problem_of(response, 503)["detail"] == "There are too many tasks."
         assert response.headers["retry-after"] == "10"
-        await asyncio.sleep(25.01)
+        await asyncio.sleep(0.01)
         await api.submit()
 
 
-async def starts(manager: TaskManager, tasks: list[Task]) -> list[float]:
+async def start_times(manager: TaskManager, tasks: list[Task]) -> list[float]:
     """Wait until the tasks are final, and return the seconds at which they started."""
     return [second((await final(manager, task))["started_at"] or "") for task in tasks]
 
@@ -715,20 +1157,34 @@ async def test_priorities(victim: int) -> None:
         order = [tasks[number] for number in (2, 5, 6, 1, 4, 0, 3)]
         manager.cancel(tasks[victim]["task_id"])
         order.remove(tasks[victim])
-        assert await starts(manager, order) == [100, 200, 300, 400, 500, 600]
+        assert await start_times(manager, order) == [100, 200, 300, 400, 500, 600]
 
 
-@parametrize(("later", "low_first"), [(59.5, False), (60, True), (60.5, True)])
-async def test_no_task_starves(later: float, low_first: bool) -> None:
-    """A level of priority is worth 30 s: a low task can only be overtaken for 60 s."""
-    async with managing(hundred_seconds, workers=1, task_timeout=1000) as manager:
+@parametrize(
+    ("step", "priority", "later", "overtaken"),
+    [
+        (30, "low", 59.5, True),
+        (30, "low", 60, False),  # a tie: the older one is first
+        (30, "normal", 29.5, True),
+        (30, "normal", 30, False),
+        (10, "low", 19.5, True),
+        (10, "low", 20, False),
+        (0, "low", 0.5, False),
+    ],
+)
+async def test_no_task_starves(
+    step: float, priority: main.Priority, later: float, overtaken: bool
+) -> None:
+    """A level of priority is worth `priority_step` seconds of waiting."""
+    settings = {"workers": 1, "task_timeout": 1000, "priority_step": step}
+    async with managing(hundred_seconds, **settings) as manager:
         manager.submit("test", {})
         await ticks()
-        low = manager.submit("test", {}, "low")
+        older = manager.submit("test", {}, priority)
         await asyncio.sleep(later)
         high = manager.submit("test", {}, "high")
-        low_start, high_start = await starts(manager, [low, high])
-        assert (low_start < high_start) == low_first
+        start, high_start = await start_times(manager, [older, high])
+        assert (high_start < start) == overtaken
 
 
 # === Workers ======================================================================================
@@ -749,12 +1205,8 @@ class Group(Exception):
         self.exceptions = exceptions
 
 
-def raising(exception: BaseException) -> Any:
-    """Return work that raises an exception."""
-    return AsyncMock(side_effect=exception)
-
-
 async def cancel_itself(*_: Any) -> None:
+    """Cancel the asyncio task of the work from inside."""
     task = asyncio.current_task()
     assert task
     task.cancel()
@@ -767,7 +1219,6 @@ ENDLESS.exceptions = (ENDLESS,)
 BUGS: dict[str, Any] = {
     "ValueError": raising(ValueError("secret")),
     "SystemExit": raising(SystemExit(3)),
-    "KeyboardInterrupt": raising(KeyboardInterrupt()),
     "GeneratorExit": raising(GeneratorExit()),
     "StopIteration": raising(StopIteration()),
     "BaseException": raising(BaseException("secret")),
@@ -786,27 +1237,47 @@ BUGS: dict[str, Any] = {
 
 
 @parametrize("name", BUGS)
-async def test_a_bug_in_the_work(name: str, expected_errors: list[str]) -> None:
+async def test_a_bug_in_the_work(
+    name: str, expected_errors: list[str], caplog: LogCaptureFixture
+) -> None:
     """Work with a bug has failed, the log has the exception, and the worker goes on."""
-    expected_errors.append("test raised an unexpected exception")
-    work = BUGS[name]
-    async with managing(lambda *args: work(*args), workers=1) as manager:
-        task = await final(manager, manager.submit("test", {}))
-        assert task["status"] == "failed"
-        assert task["error"] == INTERNAL_ERROR
-        work = complete
-        task = await final(manager, manager.submit("test", {}))
-        assert task["status"] == "completed"
+    expected_errors.append(f"test {BUG}")
+    works = iter([BUGS[name], complete])
+    async with managing(lambda *args: next(works)(*args), workers=1) as manager:
+        task = await outcome(manager)
+        assert (task["status"], task["error"]) == ("failed", INTERNAL_ERROR)
+        assert (await outcome(manager))["status"] == "completed"
+    (logged,) = [record.exc_info for record in caplog.records if record.exc_info]
+    raised = getattr(BUGS[name], "side_effect", None)
+    if isinstance(raised, ValueError | SystemExit | GeneratorExit | Group):
+        assert logged[1]
+        assert raised in (logged[1], logged[1].__cause__)
 
 
-GROUPS = [FAILED, Group(FAILED), Group(FAILED, ValueError()), Group(Group(FAILED))]
+GROUPS = {
+    "group": Group(FAILED),
+    "with a bug": Group(FAILED, ValueError("secret")),
+    "in a group": Group(Group(FAILED)),
+}
 
 
-@parametrize("exception", GROUPS)
-async def test_a_failure_in_a_group(exception: Exception) -> None:
-    """A TaskFailedError keeps its message if it is the first exception of a group."""
-    async with managing(raising(exception)) as manager:
-        task = await final(manager, manager.submit("test", {}))
+@parametrize("name", GROUPS)
+async def test_a_failure_in_a_group(
+    name: str, expected_errors: list[str], caplog: LogCaptureFixture
+) -> None:
+    """A TaskFailedError keeps its message as the first exception of a group, which is logged."""
+    expected_errors.append(BUG)
+    async with managing(raising(GROUPS[name])) as manager:
+        task = await outcome(manager)
+        assert task["error"] == {"code": "task_failed", "message": "no disk ?"}
+    (logged,) = [record.exc_info for record in caplog.records if record.exc_info]
+    assert logged[1] is GROUPS[name]
+
+
+async def test_a_failure_is_no_error_in_the_log() -> None:
+    """A TaskFailedError alone is told to the client, and the log has no traceback."""
+    async with managing(raising(FAILED)) as manager:
+        task = await outcome(manager)
         assert task["error"] == {"code": "task_failed", "message": "no disk ?"}
 
 
@@ -816,7 +1287,7 @@ async def test_a_timeout(timeout: float, status: str) -> None:
     async with running(workers=1, task_timeout=timeout) as api:
         task_id = await api.submit()
         following = await api.submit()
-        task = await api.final(task_id)
+        task = await api.get_final(task_id)
         await ticks()
         assert task["status"] == status
         assert clock() == pytest.approx(min(timeout, 5))
@@ -824,40 +1295,80 @@ async def test_a_timeout(timeout: float, status: str) -> None:
         if status == "failed":
             assert task["error"] == {"code": "timeout", "message": "The task took too long."}
             assert task["progress"] == 90
+        # The time in the queue does not count.
+        task = await api.get_final(following)
+        assert task["status"] == status
+        assert clock() == pytest.approx(2 * min(timeout, 5))
 
 
 @parametrize("end", ["failed", "cancelled"])
 async def test_work_that_ignores_its_cancellation(end: str, caplog: LogCaptureFixture) -> None:
     """Such work keeps its worker until the timeout and 5 s of grace have passed, not longer."""
-
-    async def work(*_: Any) -> str:
-        while clock() < 100:
-            with suppress(asyncio.CancelledError):
-                await asyncio.sleep(100 - clock())
-        return "late"
-
-    async with managing(work, workers=1, task_timeout=10) as manager:
+    async with managing(deaf, workers=1, task_timeout=10) as manager:
         task = manager.submit("test", {})
         following = manager.submit("test", {})
         await asyncio.sleep(2)
         if end == "cancelled":
             manager.cancel(task["task_id"])
-        await asyncio.sleep(8 + 4.99)
+        await asyncio.sleep(13 - 0.01)  # 10 s of timeout and 5 s of grace, less the 2 s of before
         assert (task["status"], following["status"]) == (end, "queued")
         await asyncio.sleep(0.02)
         assert following["status"] == "processing"
-        assert "is abandoned, because it ignores its cancellation\n" in caplog.text
+        label = f"task {task['task_id'][:8]} test"
+        assert f"{label} is abandoned, because it ignores its cancellation" in messages(caplog)
         await asyncio.sleep(100)
         assert task["result"] is None
 
 
-@parametrize("exception", [RuntimeError("a bug"), asyncio.CancelledError(), BaseException()])
+async def test_busy_workers() -> None:
+    """A worker is busy until it waits for the next task, also while cancelled work cleans up."""
+
+    async def work(*_: Any) -> None:
+        try:
+            await forever()
+        finally:
+            await asyncio.sleep(3)
+
+    async with managing(work, workers=2) as manager:
+        tasks = [manager.submit("test", {}) for _ in range(3)]
+        assert manager.health()["workers"] == {"busy": 0, "total": 2}
+        await ticks()
+        for task in tasks[:2]:
+            manager.cancel(task["task_id"])
+        await asyncio.sleep(2.99)
+        assert manager.health()["workers"] == {"busy": 2, "total": 2}
+        assert manager.health()["tasks"]["queued"] == 1
+        await asyncio.sleep(0.02)
+        assert manager.health()["workers"] == {"busy": 1, "total": 2}
+        assert manager.health()["tasks"]["processing"] == 1
+        manager.cancel(tasks[2]["task_id"])
+        await asyncio.sleep(3.01)
+        assert manager.health()["workers"] == {"busy": 0, "total": 2}
+
+
+async def test_abandoned_work_keeps_no_worker_busy() -> None:
+    """When the grace has passed, the worker is free, although the work goes on."""
+    async with managing(deaf, workers=1, task_timeout=1) as manager:
+        manager.submit("test", {})
+        await asyncio.sleep(5.99)
+        assert manager.health()["workers"]["busy"] == 1
+        await asyncio.sleep(0.02)
+        assert manager.health()["workers"]["busy"] == 0
+        await asyncio.sleep(100)  # in which the work ends
+
+
+WORKER_ERRORS = [RuntimeError("a bug"), asyncio.CancelledError(), BaseException()]
+
+
+@parametrize("exception", WORKER_ERRORS, ids=lambda exception: type(exception).__name__)
 async def test_a_worker_that_fails(
     exception: BaseException, monkeypatch: MonkeyPatch, expected_errors: list[str]
 ) -> None:
     """If a worker fails, all stop, no task is left unfinished, and the server says so."""
     if isinstance(exception, RuntimeError):
         expected_errors.append("a worker failed, so all workers stop")
+    elif not isinstance(exception, asyncio.CancelledError):
+        expected_errors.append("exception=BaseException()>")  # asyncio's own "never retrieved"
     async with running(forever, workers=2) as api:
         ids = [await api.submit() for _ in range(4)]
         await ticks()
@@ -865,35 +1376,13 @@ async def test_a_worker_that_fails(
         monkeypatch.setattr(main.TaskQueue, "get", lambda _: next(gets)())
         await api.cancel(ids[0])  # its worker asks for the next task
         await ticks(20)
-        problem_of(await api.http.get("/health"), 503)
+        response = await api.http.get("/health")
+        problem_of(response, 503)
+        assert response.headers["retry-after"] == "10"
         problem_of(await api.post(), 503)
         for task_id in ids:
             assert (await api.get(task_id))["status"] == "cancelled"
-
-
-@parametrize("task_type", EXAMPLES)
-async def test_every_task_type_has_a_case(task_type: str) -> None:
-    """`execute` knows every task type. Only its first step runs, so nothing is really done."""
-
-    class Reached(Exception):
-        """The work has looked at its parameters."""
-
-    class Parameters(dict[str, Any]):
-        def __getitem__(self, key: str) -> Any:
-            raise Reached
-
-    coroutine = main.execute(task_type, Parameters(), lambda _: None)
-    with suppress(Reached, StopIteration):
-        coroutine.send(None)
-    coroutine.close()
-
-
-def test_every_model_is_in_the_union() -> None:
-    """A model for a submission has an example that is valid, and is in `AnySubmission`."""
-    models = [model for model in main.BaseSubmission.__subclasses__() if model.__module__ == "main"]
-    assert {model.example["task_type"] for model in models} == set(EXAMPLES)
-    for model in models:
-        assert model.model_validate(model.example)
+    gc.collect()
 
 
 # === What is stored ===============================================================================
@@ -917,7 +1406,6 @@ NOT_JSON: dict[str, Any] = {
     "infinity": -math.inf,
     "surrogate": "\ud800",
     "surrogate key": {"\ud800": 1},
-    "integer key": {1: 2},
     "tuple key": {(1, 2): 3},
     "date": BEGIN,
     "itself": ITSELF,
@@ -927,36 +1415,95 @@ NOT_JSON: dict[str, Any] = {
 }
 
 
-@parametrize("wrap", [lambda value: value, lambda value: {"a": ({"b": [value]},)}])
 @parametrize("name", NOT_JSON)
+@parametrize("depth", ["alone", "nested"])
 async def test_a_value_without_a_json_form(
-    name: str, wrap: Callable[[Any], Any], expected_errors: list[str]
+    name: str, depth: str, expected_errors: list[str]
 ) -> None:
     """Such a value is refused as a parameter, and fails its task as a result, at any depth."""
-    expected_errors.append("unexpected exception")
-    value = wrap(NOT_JSON[name])
-    async with managing(AsyncMock(return_value=value)) as manager:
+    expected_errors.append(BUG)
+    value = NOT_JSON[name] if depth == "alone" else {"a": ({"b": [NOT_JSON[name]]},)}
+    async with managing(returning(value)) as manager:
         with pytest.raises(main.InvalidJsonError):
             manager.submit("test", {"free": value})
-        task = await final(manager, manager.submit("test", {}))
+        task = await outcome(manager)
         assert task["error"] == INTERNAL_ERROR
         assert json.loads(to_json(list(manager.iterate()))) == [task]
 
 
-async def test_parameters_without_a_json_form_are_a_bad_request(monkeypatch: MonkeyPatch) -> None:
-    """The client gets a 400 that points to the parameters."""
-    monkeypatch.setattr(BaseModel, "model_dump", lambda _: {"free": math.nan})
-    async with running() as api:
-        assert_one_error(await api.post(), "/parameters", "The value has no JSON form.")
-
-
 async def test_a_result_with_a_json_form() -> None:
-    """Every value with a JSON form is a result that clients can read. A tuple becomes a list."""
+    """Clients can read every value with a JSON form, in the form that `json.dumps` gives it."""
     values = [1.5, None, True, "\N{GRINNING FACE}", 10**300, nested(190)]
-    async with running(AsyncMock(return_value={"a": tuple(values)})) as api:
-        task = await api.final(await api.submit())
-        assert task["result"] == {"a": values}
+    async with running(returning({"a": tuple(values), 1: PlainParameters.__name__})) as api:
+        task = await api.run()
+        assert task["result"] == {"a": values, "1": "PlainParameters"}
         assert await api.tasks() == [task]
+
+
+async def test_a_model_is_converted() -> None:
+    """A model of pydantic is stored as JSON, as the parameters or the result of a task."""
+    async with managing(returning(Point(x=5))) as manager:
+        task = await final(manager, manager.submit("test", Point(x=6)))
+        assert (task["parameters"], task["result"]) == ({"x": 6}, {"x": 5})
+
+
+# === Memory =======================================================================================
+
+
+def memory() -> int:
+    """Return the bytes that Python holds, as tracemalloc counts them."""
+    gc.collect()
+    return tracemalloc.get_traced_memory()[0]
+
+
+@contextmanager
+def bounded(size: int) -> Iterator[None]:
+    """Assert that no more than `size` bytes stay allocated."""
+    tracemalloc.start()
+    try:
+        before = memory()
+        yield
+        assert memory() - before < size
+    finally:
+        tracemalloc.stop()
+
+
+async def test_expired_tasks_leave_nothing_behind(monkeypatch: MonkeyPatch) -> None:
+    """Of a thousand tasks that have ended, been refused or expired, nothing is held."""
+    monkeypatch.setattr(main.log.logger, "disabled", True)  # caplog holds each line
+
+    async def storm(manager: TaskManager) -> None:
+        for number in range(1000):
+            task = manager.submit("test", {})
+            with pytest.raises(main.UnavailableError):
+                manager.submit("test", {})
+            if number % 3 == 0:
+                manager.cancel(task["task_id"])
+            await final(manager, task)
+        await asyncio.sleep(10)
+        assert list(manager.iterate()) == []
+
+    async with managing(complete, queue_size=1, retention=1) as manager:
+        await storm(manager)  # the first time, Python itself fills some caches
+        with bounded(100_000):  # an entry in a dict for each task would take twice as much
+            await storm(manager)
+
+
+async def test_the_limiter_forgets_quiet_clients() -> None:
+    """After a sweep, the limiter holds only the clients that have a request in the window."""
+    limiter = main.RateLimiter(3, 60)
+    await limiter.hit("early")
+    with bounded(100_000):  # 1,000 clients take ten times as much
+        for number in range(1000):
+            await limiter.hit(f"client {number}")
+        await asyncio.sleep(59)
+        await limiter.hit("late")
+        await limiter.sweep()
+        assert (await limiter.quota("client 7"))[0] == 2
+        await asyncio.sleep(1)
+        await limiter.sweep()
+    assert await limiter.quota("late") == (2, 59)
+    assert await limiter.quota("client 7") == (3, 0)
 
 
 # === Health, clean-up, log ========================================================================
@@ -965,20 +1512,21 @@ async def test_a_result_with_a_json_form() -> None:
 async def test_health() -> None:
     """/health counts the tasks by status until they expire, and must not be cached."""
     async with running(workers=1, queue_size=7, retention=10, time_scale=0.2) as api:
-        await api.submit(task_type="simulate_failure", parameters={})
-        ids = [await api.submit() for _ in range(5)]
+        await api.submit(**FAILING)
+        ids = [await api.submit() for _ in range(6)]
         await api.cancel(ids[4])
+        await api.cancel(ids[5])
         await asyncio.sleep(2.25)
         response = await api.http.get("/health")
         assert response.headers["cache-control"] == "no-store"
         assert response.json() == {
             "status": "ok",
-            "tasks": {"queued": 2, "processing": 1, "completed": 1, "failed": 1, "cancelled": 1},
+            "tasks": {"queued": 2, "processing": 1, "completed": 1, "failed": 1, "cancelled": 2},
             "queue": {"size": 2, "capacity": 7},
             "workers": {"busy": 1, "total": 1},
         }
         await asyncio.sleep(7.5)
-        assert api.manager.health()["tasks"]["cancelled"] == 1
+        assert api.manager.health()["tasks"]["cancelled"] == 2
         await asyncio.sleep(0.25)
         assert api.manager.health()["tasks"]["cancelled"] == 0
 
@@ -986,15 +1534,23 @@ async def test_health() -> None:
 async def test_the_timer(
     monkeypatch: MonkeyPatch, expected_errors: list[str], caplog: LogCaptureFixture
 ) -> None:
-    """The clean-up runs without requests, and an exception in one round doesn't end it."""
+    """The clean-up runs every `cleanup_interval` seconds, also after an exception in one round."""
     expected_errors.append("the clean-up failed")
-    async with running(retention=1, cleanup_interval=30) as api:
-        with monkeypatch.context() as patch:
-            patch.setattr(main.RateLimiter, "sweep", raising(RuntimeError("a bug")))
-            await asyncio.sleep(31)
+    rounds: list[float] = []
+
+    async def sweep(_: main.RateLimiter) -> None:
+        rounds.append(clock())
+        if len(rounds) == 1:
+            raise RuntimeError("a bug")
+
+    monkeypatch.setattr(main.RateLimiter, "sweep", sweep)
+    async with running(retention=7, cleanup_interval=30) as api:
         await api.cancel(await api.submit())
-        await asyncio.sleep(30)
-        assert "compute_sum expired after 1.0 s" in caplog.text
+        await asyncio.sleep(29.5)
+        assert "compute_sum expired after 7.0 s" not in caplog.text
+        await asyncio.sleep(62)
+        assert "compute_sum expired after 7.0 s" in caplog.text
+    assert rounds == [30, 60, 90]
 
 
 async def test_the_log(caplog: LogCaptureFixture) -> None:
@@ -1006,7 +1562,7 @@ async def test_the_log(caplog: LogCaptureFixture) -> None:
         urgent = f"task {(await api.submit(priority='high'))[:8]} compute_sum"
         await asyncio.sleep(6)
         await api.tasks()
-    assert [line for line in caplog.messages if line.startswith("task ")] == [
+    assert messages(caplog) == [
         f"{failing} queued with priority normal",
         f"{failing} processing after 0.0 s",
         f"{urgent} queued with priority high",
@@ -1017,16 +1573,79 @@ async def test_the_log(caplog: LogCaptureFixture) -> None:
     ]
 
 
-# === Rate limit ===================================================================================
-
-
 @contextmanager
-def naming(case: object) -> Iterator[None]:
-    """Name the row of a table, or the seed, with which a test fails."""
+def filtering(words: tuple[str, ...], exception: BaseException) -> Iterator[list[str]]:
+    """Add a filter of the user that raises an exception on lines with one of these words."""
+    raised = []
+
+    def raise_on(record: logging.LogRecord) -> bool:
+        if any(word in record.getMessage() for word in words):
+            raised.append(record.getMessage())
+            raise exception
+        return True
+
+    logger = logging.getLogger("uvicorn.error.tasks")
+    logger.addFilter(raise_on)
     try:
-        yield
-    except BaseException as exc:
-        raise AssertionError(f"failed with {case}") from exc
+        yield raised
+    finally:
+        logger.removeFilter(raise_on)
+
+
+LINES = ["queued", "processing", "completed", "failed", "cancelled", "expired", BUG, "abandoned"]
+FILTERS = {line: (line,) for line in LINES} | {"all": tuple(LINES)}
+FILTER_ERRORS = [ValueError("a bug"), SystemExit(3), asyncio.CancelledError()]
+
+
+@parametrize("exception", FILTER_ERRORS, ids=lambda exception: type(exception).__name__)
+@parametrize("words", FILTERS.values(), ids=FILTERS)
+async def test_the_log_changes_nothing(
+    words: tuple[str, ...], exception: BaseException, expected_errors: list[str]
+) -> None:
+    """Whatever a logging filter raises, on any line, tasks, workers and responses are the same."""
+
+    async def work(_: str, parameters: Json, __: Report) -> str:
+        kind = parameters["kind"]
+        if kind == "deaf":
+            await deaf()
+        if kind in ("timeout", "cancelled"):
+            await forever()
+        if kind == "failed":
+            raise main.TaskFailedError("failed")
+        if kind == "bug":
+            raise ValueError("a bug")
+        return "done"
+
+    if BUG not in words:
+        expected_errors.append(BUG)
+    codes = {"completed": None, "failed": "task_failed", "bug": "internal_error"}
+    codes |= {"timeout": "timeout", "deaf": "timeout"}
+    with filtering(words, exception) as raised:
+        async with managing(work, workers=2, task_timeout=2, retention=5) as manager:
+            stopped = manager.submit("test", {"kind": "cancelled"})
+            await ticks()
+            assert manager.cancel(stopped["task_id"])["status"] == "cancelled"
+            for kind, code in codes.items():
+                task = await outcome(manager, {"kind": kind})
+                assert (task["error"] and task["error"]["code"]) == code, kind
+            await asyncio.sleep(6)
+            assert manager.health()["workers"] == {"busy": 0, "total": 2}
+            assert list(manager.iterate()) == []
+            await asyncio.sleep(100)  # in which the deaf work ends
+    assert raised, "the filter has seen no such line"
+
+
+async def test_a_filter_and_the_timer() -> None:
+    """A logging filter that raises on the error of the clean-up doesn't end its timer."""
+    sweep = AsyncMock(side_effect=[RuntimeError("a bug"), None, None])
+    with MonkeyPatch.context() as patch, filtering(("clean-up",), ValueError("a bug")) as raised:
+        patch.setattr(main.RateLimiter, "sweep", sweep)
+        async with running(cleanup_interval=30):
+            await asyncio.sleep(91)
+    assert (sweep.await_count, raised) == (3, ["the clean-up failed"])
+
+
+# === Rate limit ===================================================================================
 
 
 async def test_the_window_slides() -> None:
@@ -1046,18 +1665,28 @@ async def test_the_window_slides() -> None:
         for _ in range(40):
             waits.append(int((await api.http.get(LIMITED)).headers["retry-after"]))
             await asyncio.sleep(1)
-        # Not 5, because uvicorn closes idle connections after 5 s.
-        assert waits == [*range(40, 5, -1), 6, 4, 3, 2, 1]
+        assert waits == list(range(40, 0, -1))
         assert (await api.http.get(LIMITED)).status_code == 404
         assert (await api.http.get(LIMITED)).headers["retry-after"] == "2"
         await asyncio.sleep(300)
         assert (await api.http.get(LIMITED)).headers["ratelimit"] == '"default";r=9;t=60'
 
 
+@parametrize("window", [1, 7, 3600])
+async def test_the_length_of_the_window(window: int) -> None:
+    """A request counts for `rate_window` seconds, to the exact instant."""
+    async with running(rate_limit=1, rate_window=window) as api:
+        response = await api.http.get(LIMITED)
+        assert response.headers["ratelimit-policy"] == f'"default";q=1;w={window}'
+        await asyncio.sleep(window - 0.001)
+        assert (await api.http.get(LIMITED)).headers["retry-after"] == "1"
+        await asyncio.sleep(0.001)
+        assert (await api.http.get(LIMITED)).status_code == 404
+
+
 async def test_retry_after_is_enough() -> None:
     """A client that waits as long as it was told is accepted, despite rounding errors."""
-    loop = asyncio.get_running_loop()
-    assert isinstance(loop, VirtualLoop)
+    loop = virtual_loop()
     for seed in range(500):
         with naming(f"seed {seed}"):
             random = Random(seed)
@@ -1081,6 +1710,37 @@ async def test_retry_after_is_at_least_one_second(monkeypatch: MonkeyPatch) -> N
         assert (await api.http.get(LIMITED)).headers["retry-after"] == "1"
 
 
+async def test_requests_at_the_same_time() -> None:
+    """Of twenty requests at the same time, exactly ten are accepted."""
+    async with running(rate_limit=10) as api:
+        polls = [api.http.get(LIMITED) for _ in range(20)]
+        statuses = [response.status_code for response in await asyncio.gather(*polls)]
+        assert (statuses.count(404), statuses.count(429)) == (10, 10)
+    limiter = main.RateLimiter(10, 60)
+    hits = await asyncio.gather(*[limiter.hit("client") for _ in range(20)])
+    assert hits.count(True) == 10
+
+
+async def test_two_clients_in_flight() -> None:
+    """Two clients whose requests overlap get their own quota and their own Retry-After."""
+    async with running(forever, rate_limit=3) as api:
+        task_id = await api.submit()
+        await ticks()
+        await asyncio.sleep(2)
+        other = api.client("10.0.0.2")
+        poll = asyncio.create_task(api.http.get(f"/tasks/{task_id}?wait=true"))
+        await asyncio.sleep(1)
+        polls = [asyncio.create_task(other.get(f"/tasks/{task_id}?wait=true")) for _ in range(3)]
+        await asyncio.sleep(1)
+        refused = await other.get(LIMITED)
+        assert refused.headers["retry-after"] == "59"
+        assert refused.headers["ratelimit"] == '"default";r=0;t=59'
+        await api.cancel(task_id)
+        assert (await poll).headers["ratelimit"] == '"default";r=0;t=56'
+        for response in await asyncio.gather(*polls):
+            assert response.headers["ratelimit"] == '"default";r=0;t=59'
+
+
 async def test_a_long_poll_reports_the_present_quota() -> None:
     """The headers of a response that starts late are those of the moment in which it starts."""
     async with running(workers=1, rate_limit=10) as api:
@@ -1100,17 +1760,25 @@ async def test_every_response_counts() -> None:
         ("POST", "/tasks", b"x" * 70_000, 413),
         ("GET", LIMITED, b"", 404),
         ("PUT", f"/tasks/{NO_TASK}", b"", 405),
+        ("HEAD", "/tasks", b"", 405),
+        ("OPTIONS", "/tasks", b"", 405),
         ("GET", f"/tasks/{NO_TASK}?wait=maybe", b"", 400),
         ("DELETE", "/tasks/x", b"", 400),
+        ("DELETE", f"/tasks/{NO_TASK}", b"", 404),
+        ("GET", "/health/", b"", 404),
+        ("GET", "/docs/oauth2-redirect", b"", 200),
+        ("GET", "/redoc/x", b"", 404),
+        ("GET", "/apihealth", b"", 404),
     ]
     async with running(rate_limit=2) as api:
         for number, (method, path, body, status) in enumerate(requests):
             client = api.client(f"192.0.2.{number}")
             for left, expected in ((1, status), (0, status), (0, 429), (0, 429)):
                 response = await client.request(method, path, content=body)
-                with naming(path):
-                    problem_of(response, expected)
+                with naming(f"{method} {path}"):
+                    assert response.status_code == expected
                     assert response.headers["ratelimit"] == f'"default";r={left};t=60'
+                    assert response.headers["cache-control"] == "no-store"
                     assert ("retry-after" in response.headers) == (expected == 429)
 
 
@@ -1126,18 +1794,37 @@ async def test_the_limit_comes_before_the_body() -> None:
         problem_of(await api.http.post("/tasks", content=body()), 429)
 
 
-async def test_free_paths() -> None:
+FREE = {"/": 307, "/docs": 200, "/redoc": 200, "/openapi.json": 200, "/health": 200}
+
+
+@parametrize("prefix", ["", "/api", "/api/", "/a/b", "/a/b/"])
+async def test_free_paths(prefix: str) -> None:
     """The documentation and /health neither need quota nor use it, behind a prefix too."""
-    paths = ["/", "/docs", "/redoc", "/openapi.json", "/health", "/favicon.ico"]
     async with running(rate_limit=1) as api:
-        for number, prefix in enumerate(["", "/api", "/api/"]):
-            client = api.client(f"192.0.2.{number}", root_path=prefix)
-            client.base_url = f"http://test{prefix}"
-            for path in [*paths, LIMITED, *paths]:
-                response = await client.get(path)
-                assert ("ratelimit" in response.headers) == (path == LIMITED), prefix + path
-                assert response.status_code in (200, 307, 404), prefix + path
-            problem_of(await client.get(LIMITED), 429)
+        # Like uvicorn with `--root-path`, put the prefix in front of the path as it is.
+        client = api.client(root_path=prefix)
+        rows = [*FREE.items(), ("/favicon.ico", 404)]
+        for path, status in [*rows, (LIMITED, 404), *rows]:
+            response = await client.get(f"http://test{prefix}{path}")
+            with naming(path):
+                assert response.status_code == status
+                assert ("ratelimit" in response.headers) == (path == LIMITED)
+        problem_of(await client.get(f"http://test{prefix}{LIMITED}"), 429)
+
+
+async def test_free_paths_in_a_mount() -> None:
+    """In a parent application, /health is free, and the location contains the path of the mount."""
+    async with running(rate_limit=2) as api:
+        parent = FastAPI()
+        parent.mount("/a/jobs", api.app)
+        client = AsyncClient(transport=ASGITransport(parent, root_path="/api"))
+        for _ in range(5):
+            assert (await client.get("http://test/api/a/jobs/health")).status_code == 200
+        response = await client.post("http://test/api/a/jobs/tasks", json=SUM)
+        location = response.headers["location"]
+        assert location.startswith("/api/a/jobs/tasks/")
+        assert (await client.get(f"http://test{location}")).json()["task_type"] == "compute_sum"
+        problem_of(await client.get(f"http://test{location}"), 429)
 
 
 async def test_who_shares_a_limit() -> None:
@@ -1147,6 +1834,7 @@ async def test_who_shares_a_limit() -> None:
         ["192.0.2.2"],
         ["2001:db8::1", "2001:db8:0:0:ffff::9"],
         ["2001:db8:0:1::1"],
+        ["2001:db8:1::1"],
         ["fe80::1%eth0", "fe80::2"],
         [None, "not an ip", "x" * 20_000, "", "300.1.1.1"],
     ]
@@ -1155,74 +1843,35 @@ async def test_who_shares_a_limit() -> None:
         for hosts in groups:
             for number, host in enumerate(hosts):
                 response = await api.client(host).get(LIMITED, headers=header)
-                assert response.status_code == (429 if number else 404), host
-
-
-async def test_the_limiter_forgets_quiet_clients() -> None:
-    """After a sweep, the limiter keeps only the clients that have a request in the window."""
-    limiter = main.RateLimiter(3, 60)
-    for number in range(1000):
-        await limiter.hit(f"client {number}")
-    await asyncio.sleep(59)
-    await limiter.hit("late")
-    await limiter.sweep()
-    assert len(limiter._times) == 1001
-    await asyncio.sleep(1)
-    await limiter.sweep()
-    assert list(limiter._times) == ["late"]
-    assert await limiter.quota("late") == (2, 59)
-    assert await limiter.quota("other") == (3, 0)
-
-
-async def chunks(size: int) -> AsyncIterator[bytes]:
-    """Yield a body in parts, so that its length is not declared."""
-    for _ in range(size):
-        yield b"x"
-
-
-async def test_middleware_goes_around_the_limits() -> None:
-    """Middleware of the user sees refusals, and CORS works for them and for preflight requests."""
-    app = create_app(Settings(rate_limit=2, max_body=10))
-    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"])
-    seen = []
-
-    @app.middleware("http")
-    async def note_status(request: Any, call_next: Any) -> Any:
-        response = await call_next(request)
-        seen.append(response.status_code)
-        return response
-
-    client = Api(app).http
-    client.headers["Origin"] = "http://example.com"
-    for _ in range(5):
-        await client.options("/tasks", headers={"Access-Control-Request-Method": "POST"})
-    for body, status in ((chunks(11), 413), (b"", 400), (b"", 429)):
-        response = await client.post("/tasks", content=body)
-        problem_of(response, status)
-        assert response.headers["access-control-allow-origin"] == "*"
-    assert seen == [200] * 5 + [413, 400, 429]
+                assert response.status_code == (429 if number else 404), str(host)[:50]
 
 
 # === Bad input ====================================================================================
 
 NUMBER = "Input should be a number from -1e300 to 1e300"
 OBJECT = "Input should be an object, sent as application/json"
-TYPES = f"Input should be one of {', '.join(EXAMPLES)}"
+TYPES = f"Input should be one of {', '.join(map(repr, EXAMPLES))}"
 EXTRA = "Extra inputs are not permitted"
-UNREADABLE = "The body should be JSON in UTF-8, without deep nesting or very long numbers."
+REQUIRED = "Field required"
+NO_BODY = "There was an error parsing the body"  # the text of FastAPI
 BAD_NUMBERS = ["NaN", "-Infinity", "1e400", "-1.1e300", "9" * 4000, "true", "null", '"5"', "[1]"]
-# Parameters, the end of the pointer, and a regular expression for the end of the message.
+LONG_KEY = "k" * 9000
+# Parameters, the end of the pointer, and the end of the detail.
 BAD_PARAMETERS: dict[str, list[tuple[str, str, str]]] = {
     "compute_sum": [
         *[(f'"numbers": [1, {number}]', "numbers/1", NUMBER) for number in BAD_NUMBERS],
-        ('"numbers": []', "numbers", "at least 1 item .*"),
-        (f'"numbers": [{"1, " * 1000} 1]', "numbers", "at most 1000 items .*"),
+        ('"numbers": []', "numbers", "at least 1 item after validation, not 0"),
+        (
+            f'"numbers": [{"1, " * 1000} 1]',
+            "numbers",
+            "at most 1000 items after validation, not 1001",
+        ),
     ],
     "simulate_failure": [
-        ('"message": "\\ud800"', "message", "valid string, .*"),
+        ('"message": "\\ud800"', "message", "unable to parse raw data as a unicode string"),
         ('"message": ""', "message", "at least 1 character"),
         ('"~a/b": 1', "~0a~1b", EXTRA),
-        (f'"{"k" * 9000}": 1', "k" * 188, EXTRA),
+        (f'"{LONG_KEY}": 1', LONG_KEY[: 200 - len("/parameters/")], EXTRA),
     ],
     "generate_report": [
         ('"title": ""', "title", "at least 1 character"),
@@ -1235,38 +1884,25 @@ BAD_PARAMETERS: dict[str, list[tuple[str, str, str]]] = {
     ],
 }
 BAD_BODIES: list[tuple[bytes, str, str]] = [
-    (b"", "", "Field required"),
+    (b"", "", REQUIRED),
     (b'{"a":', "", "Malformed JSON at character 5: Expecting value"),
     (b"[]", "", OBJECT),
-    (b'{"task_type": "\xff"}', "", UNREADABLE),
-    (b'{"task_type": %s}' % (b"9" * 5000), "", UNREADABLE),
-    (json.dumps(SUM).encode("utf-16"), "", UNREADABLE),
-    (json.dumps(SUM).encode("utf-32-be"), "", UNREADABLE),
-    (b'{"task_type": "simulate_failure", "\\ud800": 1}', "", "valid string, .*"),
+    (b'{"task_type": "simulate_failure", "\\ud800": 1}', "", "raw data as a unicode string"),
     (b'{"task_type": "\\ud800"}', "/task_type", TYPES),
-    (b'{"parameters": {}}', "/task_type", TYPES),
+    (b'{"parameters": {}}', "/task_type", REQUIRED),
     (b'{"task_type": ["compute_sum"]}', "/task_type", TYPES),
     (b'{"task_type": "%s"}' % (b"x" * 9000), "/task_type", TYPES),
-    (b'{"task_type": "compute_sum"}', "/parameters", "Field required"),
+    (b'{"task_type": "compute_sum"}', "/parameters", REQUIRED),
+    (b'{"task_type": "compute_sum", "parameters": {}}', "/parameters/numbers", REQUIRED),
     (b'{"task_type": "simulate_failure", "parameters": 5}', "/parameters", OBJECT),
     (b'{"task_type": "simulate_failure", "prority": 1}', "/prority", EXTRA),
-    (b'{"task_type": "simulate_failure", "priority": "x"}', "/priority", "'high', .* or 'low'"),
+    (b'{"task_type": "simulate_failure", "priority": "x"}', "/priority", "'normal' or 'low'"),
 ]
 
 
 def body_of(task_type: str, parameters: str) -> bytes:
     """Return the body of a submission."""
-    return f'{{"task_type": "{task_type}", "parameters": {{{parameters}}}}}'.encode()
-
-
-def assert_one_error(response: httpx.Response, pointer: str, detail: str) -> None:
-    """Assert that a response is a short 400 with this error."""
-    problem = problem_of(response, 400)
-    assert problem["detail"] == "The request is invalid."
-    (error,) = problem["errors"]
-    assert error["pointer"] == pointer
-    assert re.search(f"{detail}$", error["detail"]), error
-    assert len(response.content) < 600
+    return ('{"task_type": "%s", "parameters": {%s}}' % (task_type, parameters)).encode()  # noqa: UP031
 
 
 async def test_bad_bodies() -> None:
@@ -1279,11 +1915,20 @@ async def test_bad_bodies() -> None:
         for body, pointer, detail in rows:
             with naming(body[:100]):
                 assert_one_error(await api.send(body), pointer, detail)
-        deep = "[" * 30_000 + "]" * 30_000  # its message depends on the version of Python
-        for body in (deep.encode(), body_of("compute_sum", f'"numbers": {deep}')):
-            assert len(problem_of(await api.send(body), 400)["errors"]) == 1
         response = await api.post(**{f"field{number}": number for number in range(1000)})
         assert len(problem_of(response, 400)["errors"]) == 10
+        assert await api.tasks() == []
+
+
+async def test_bodies_that_cannot_be_parsed() -> None:
+    """A body that FastAPI cannot parse is a 400 with its text."""
+    async with running() as api:
+        for body in (b'{"task_type": "\xff"}', b'{"task_type": %s}' % (b"9" * 5000)):
+            assert problem_of(await api.send(body), 400)["detail"] == NO_BODY
+        # Whether deep nesting can be parsed depends on the version of Python.
+        deep = "[" * 30_000 + "]" * 30_000
+        for body in (deep.encode(), body_of("compute_sum", f'"numbers": {deep}')):
+            assert (await api.send(body)).status_code == 400
         assert await api.tasks() == []
 
 
@@ -1303,48 +1948,60 @@ async def test_good_bodies_at_the_bounds() -> None:
 
 
 async def test_content_types() -> None:
-    """Only a body that is declared as JSON is read as JSON, and it has to be in UTF-8."""
+    """Only a body that is declared as JSON is read as JSON."""
     body = json.dumps(SUM).encode()
     async with running() as api:
         for content_type in ("text/plain", "", "application/x-www-form-urlencoded"):
             assert_one_error(await api.send(body, content_type), "", OBJECT)
         assert_one_error(await api.send(b"\0", "application/octet-stream"), "", OBJECT)
-        body = json.dumps(SUM).encode("utf-16")
-        assert_one_error(await api.send(body, "application/JSON"), "", UNREADABLE)
+        assert (await api.send(body, "application/problem+json")).status_code == 202
+
+
+class Chunks:
+    """A body whose length is not declared, sent one byte at a time."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.sent = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while self.sent < self.size:
+            self.sent += 1
+            yield b"x"
 
 
 async def test_the_size_of_a_body() -> None:
     """A body of one byte more than `max_body` is a 413, whether its length is declared or not."""
     async with running(max_body=1000) as api:
-        for body in (b"x" * 1000, chunks(1000)):
+        for body in (b"x" * 1000, Chunks(1000)):
             problem_of(await api.http.post("/tasks", content=body), 400)
-        for body in (b"x" * 1001, chunks(1001)):
+        endless = Chunks(10_000)
+        for body in (b"x" * 1001, Chunks(1001), endless):
             problem = problem_of(await api.http.post("/tasks", content=body), 413)
             assert problem["detail"] == "The body is larger than 1000 bytes."
-        # The body of a GET is ignored. A server would log an exception that is raised here.
-        transport = ASGITransport(api.app)
-        async with AsyncClient(transport=transport, base_url="http://test") as client:
-            response = await client.request("GET", "/tasks", content=chunks(1001))
-        assert response.json() == []
+        assert endless.sent == 1001  # it is refused as soon as it is too large
+        # The body of a GET is ignored.
+        assert (await api.http.request("GET", "/tasks", content=Chunks(1001))).json() == []
 
 
-async def test_bad_queries_and_ids() -> None:
+BAD_QUERIES = [
+    ("?limit=0", "limit", "greater than or equal to 1"),
+    ("?limit=" + "9" * 5000, "limit", "exceeded maximum size"),
+    ("?status=%ff", "status", "'completed', 'failed' or 'cancelled'"),
+    ("?state=failed", "state", EXTRA),
+    ("?" + "k" * 5000, "k" * 200, EXTRA),
+    ("/%00", "task_id", "found `\0` at 0"),
+    ("/" + "a" * 5000, "task_id", "found 5000"),
+    (f"/{NO_TASK}?wait=maybe", "wait", "unable to interpret input"),
+    (f"/{NO_TASK}?wiat=true", "wiat", EXTRA),
+]
+
+
+@parametrize(("path", "pointer", "detail"), BAD_QUERIES, ids=[row[0][:20] for row in BAD_QUERIES])
+async def test_bad_queries_and_ids(path: str, pointer: str, detail: str) -> None:
     """A bad or unknown parameter gets a 400 that names it."""
-    rows = [
-        ("?limit=0", "limit", "greater than or equal to 1"),
-        ("?limit=" + "9" * 5000, "limit", "integer, .*"),
-        ("?status=%ff", "status", "'queued', .* or 'cancelled'"),
-        ("?state=failed", "state", EXTRA),
-        ("?" + "k" * 5000, "k" * 200, EXTRA),
-        ("/%00", "task_id", "valid UUID, .*"),
-        ("/" + "a" * 5000, "task_id", "valid UUID, .*"),
-        (f"/{NO_TASK}?wait=maybe", "wait", "boolean, .*"),
-        (f"/{NO_TASK}?wiat=true", "wiat", EXTRA),
-    ]
     async with running() as api:
-        for path, pointer, detail in rows:
-            with naming(path[:100]):
-                assert_one_error(await api.http.get("/tasks" + path), pointer, detail)
+        assert_one_error(await api.http.get("/tasks" + path), pointer, detail)
 
 
 # === HTTP =========================================================================================
@@ -1357,22 +2014,25 @@ async def test_unknown_paths_and_methods() -> None:
             response = await api.http.get("http://evil.test" + path)
             problem_of(response, 404)
             assert "location" not in response.headers, path
-        for path in ("/tasks", f"/tasks/{NO_TASK}"):
+        for path, allowed in (("/tasks", "POST"), (f"/tasks/{NO_TASK}", "GET")):
             response = await api.http.put(path)
             problem_of(response, 405)
-            assert response.headers["allow"], path
+            assert response.headers["allow"] == allowed
 
 
-async def test_links_behind_a_prefix() -> None:
-    """With `--root-path` or in a mount, the location and the redirect contain the prefix."""
-    prefixes = {"": "", "/api": "/api", "/a b/ü": "/a%20b/%C3%BC"}
+PREFIXES = {"": "", "/api": "/api", "/api/": "/api", "/a b/ü": "/a%20b/%C3%BC"}
+
+
+@parametrize(("root_path", "prefix"), PREFIXES.items(), ids=PREFIXES)
+async def test_links_behind_a_prefix(root_path: str, prefix: str) -> None:
+    """With `--root-path`, the location and the redirect to /docs contain the prefix."""
     async with running() as api:
-        for root_path, prefix in prefixes.items():
-            client = api.client(root_path=root_path)
-            response = await client.post("/tasks", json=SUM)
-            assert response.headers["location"].startswith(f"{prefix}/tasks/")
-            response = await client.get(f"http://test{root_path}/")
-            assert response.headers["location"] == f"{prefix}/docs"
+        client = api.client(root_path=root_path)
+        response = await client.post("/tasks", json=SUM)
+        task_id = response.json()["task_id"]
+        assert response.headers["location"] == f"{prefix}/tasks/{task_id}"
+        response = await client.get(f"http://test{root_path}/")
+        assert response.headers["location"] == f"{prefix}/docs"
 
 
 async def test_a_bug_is_a_500(monkeypatch: MonkeyPatch) -> None:
@@ -1380,14 +2040,16 @@ async def test_a_bug_is_a_500(monkeypatch: MonkeyPatch) -> None:
     with pytest.raises(ValidationError) as invalid:
         Settings(workers=0)
     async with running() as api:
+        client = api.client(raise_app_exceptions=False)
         for bug in (RuntimeError("secret"), invalid.value):
             monkeypatch.setattr(api.manager, "get", Mock(side_effect=bug))
             monkeypatch.setattr(api.manager, "health", Mock(side_effect=bug))
             for path in ("/health", f"/tasks/{NO_TASK}"):
-                response = await api.http.get(path)
-                assert problem_of(response, 500)["detail"] == "The server failed."
-            assert "errors" not in response.json()
-            assert response.headers["ratelimit"]
+                problem = problem_of(await client.get(path), 500)
+                assert problem["detail"] == "The server failed."
+                assert "errors" not in problem
+                with pytest.raises(type(bug)):  # the server gets the exception for its log
+                    await api.http.get(path)
 
 
 async def test_a_bug_in_the_middle_of_a_response(monkeypatch: MonkeyPatch) -> None:
@@ -1402,45 +2064,143 @@ async def test_a_bug_in_the_middle_of_a_response(monkeypatch: MonkeyPatch) -> No
     assert send.await_count == 1  # the status and the headers
 
 
+# === An application of one's own around it ========================================================
+
+
+async def test_middleware_of_the_user_goes_around_ours() -> None:
+    """Middleware of the user sees refusals, and CORS works for them and for preflight requests."""
+    app = create_app(Settings(rate_limit=2, max_body=10))
+    app.add_middleware(CORSMiddleware, allow_origins=["*"], allow_methods=["*"])
+    seen = []
+
+    @app.middleware("http")
+    async def note_status(request: Any, call_next: Any) -> Any:
+        response = await call_next(request)
+        seen.append(response.status_code)
+        return response
+
+    client = Api(app).http
+    client.headers["Origin"] = "http://example.com"
+    for _ in range(5):
+        await client.options("/tasks", headers={"Access-Control-Request-Method": "POST"})
+    for body, status in ((Chunks(11), 413), (b"", 400), (b"", 429)):
+        response = await client.post("/tasks", content=body)
+        problem_of(response, status)
+        assert response.headers["access-control-allow-origin"] == "*"
+    assert seen == [200] * 5 + [413, 400, 429]
+
+
+async def test_an_application_without_headers() -> None:
+    """A response without any headers, which ASGI allows, gets ours."""
+
+    async def bare(_: Any, __: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b"bare"})
+
+    async with running(rate_limit=2) as api:
+        api.app.mount("/bare", bare)
+        response = await api.http.get("/bare/x")
+        assert response.content == b"bare"
+        assert response.headers["cache-control"] == "no-store"
+        assert response.headers["ratelimit"] == '"default";r=1;t=60'
+
+
+async def test_a_route_of_the_user() -> None:
+    """A route of the user keeps its `Cache-Control`, and its errors have a right pointer."""
+
+    class Hook(BaseModel):
+        """The body of the route."""
+
+        url: str
+        retries: int | None = None
+
+    async with running() as api:
+
+        @api.app.post("/hooks")
+        async def add_hook(hook: Hook, response: Response) -> Hook:
+            response.headers["Cache-Control"] = "max-age=86400"
+            return hook
+
+        response = await api.http.post("/hooks", json={"url": "x"})
+        assert response.headers["cache-control"] == "max-age=86400"
+        assert response.headers["ratelimit"] == '"default";r=999999;t=60'
+        assert_one_error(await api.http.post("/hooks", json={}), "/url", REQUIRED)
+        response = await api.http.post("/hooks", json={"url": "x", "retries": "many"})
+        assert_one_error(response, "/retries", "unable to parse string as an integer")
+
+
+async def test_a_handler_of_the_user() -> None:
+    """A handler of the user for `Exception` takes the place of ours."""
+    async with running() as api:
+
+        @api.app.exception_handler(Exception)
+        async def teapot(_: Request, exc: Exception) -> Response:
+            return JSONResponse({"bug": str(exc)}, 418)
+
+        @api.app.get("/bug")
+        async def bug() -> None:
+            raise ValueError("a bug")
+
+        response = await api.client(raise_app_exceptions=False).get("/bug")
+        assert (response.status_code, response.json()) == (418, {"bug": "a bug"})
+
+
 # === OpenAPI ======================================================================================
 
 
 def test_the_operations_of_the_document() -> None:
-    """Each response is described, errors are problem documents, and there is no 422."""
+    """Each operation has the name of its function and texts, and errors are documented once."""
     document = create_app(Settings()).openapi()
     assert document["info"]["title"] == "Task manager"
+    assert document["info"]["description"].startswith("Submit a task, then poll it")
     found = {}
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
-            found[f"{method} {path}"] = " ".join(sorted(operation["responses"]))
-            assert operation["description"]
-            for status, response in operation["responses"].items():
-                assert response["description"].endswith(".")
-                if status in ("200", "202"):
-                    schema = response["content"]["application/json"]["schema"]
-                    assert "$ref" in schema or schema["items"]["$ref"].endswith("/Task")
-                else:
-                    schema = response["content"]["application/problem+json"]["schema"]
-                    assert schema["$ref"].endswith("/Problem")
+            name = operation["operationId"]
+            found[f"{method} {path}"] = (name, *operation["responses"])
+            with naming(name):
+                assert operation["description"].endswith(".")
+                for parameter in operation.get("parameters", []):
+                    assert parameter["in"] == "path" or parameter["description"].endswith(".")
+                *_, success, error = operation["responses"].values()
+                assert success["description"] in ("The id.", "The task.", "The tasks.", "The load.")
+                assert success["content"]["application/json"]["schema"]
+                content = error["content"]["application/problem+json"]
+                assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+                legend = re.findall(r"^- (\d+): .+", error["description"], re.MULTILINE)
+                assert legend == ["400", "404", "409", "413", "429", "503"]
     assert found == {
-        "post /tasks": "202 400 413 429 503 default",
-        "get /tasks": "200 400 429 default",
-        "get /tasks/{task_id}": "200 400 404 429 default",
-        "delete /tasks/{task_id}": "200 400 404 409 429 default",
-        "get /health": "200 503 default",
+        "post /tasks": ("submit_task", "202", "default"),
+        "get /tasks": ("list_tasks", "200", "default"),
+        "get /tasks/{task_id}": ("get_task", "200", "default"),
+        "delete /tasks/{task_id}": ("cancel_task", "200", "default"),
+        "get /health": ("get_health", "200", "default"),
     }
 
 
 def test_the_schemas_of_the_document() -> None:
-    """Every schema that is used is in the document, and the bounds of numbers are too."""
+    """Every schema that is used is in the document, with formats and the bounds of numbers."""
     document = create_app(Settings()).openapi()
     schemas = document["components"]["schemas"]
     names = re.findall('"#/components/schemas/([^"]+)"', json.dumps(document))
-    assert set(names) <= set(schemas)
-    assert "HTTPValidationError" not in names
+    assert set(names) == set(schemas)
     numbers = schemas["SumParameters"]["properties"]["numbers"]
     assert numbers["items"] == {"type": "number", "minimum": -1e300, "maximum": 1e300}
-    assert schemas["Problem"]["example"].keys() <= schemas["Problem"]["properties"].keys()
+    task = schemas["Task"]["properties"]
+    formats = {name: json.dumps(field).count('"format"') for name, field in task.items()}
+    formatted = [name for name, count in formats.items() if count]
+    assert formatted == ["task_id", "created_at", "started_at", "finished_at", "expires_at"]
+    assert task["task_id"]["format"] == schemas["Accepted"]["properties"]["task_id"]["format"]
+    assert task["task_id"]["format"] == "uuid"
+    assert task["started_at"]["anyOf"][0]["format"] == "date-time"
+
+
+async def test_the_example_of_an_error() -> None:
+    """The example of an error is what the API responds to a bad request."""
+    async with running() as api:
+        response = await api.http.post("/tasks", json={"task_type": "compute_sum"})
+        schemas = api.app.openapi()["components"]["schemas"]
+        assert schemas["Problem"]["example"] == response.json()
 
 
 async def test_the_examples_of_the_document() -> None:
@@ -1456,37 +2216,68 @@ async def test_the_examples_of_the_document() -> None:
 
 # === Settings =====================================================================================
 
-# The default, a value that is too small, and the smallest one.
+# The default, a value that is too small, the smallest one and the largest one.
 SETTINGS = {
-    "workers": (5, "0", "1"),
-    "queue_size": (100, "0", "1"),
-    "max_tasks": (10_000, "0", "1"),
-    "rate_limit": (10, "0", "1"),
-    "rate_window": (60, "0", "1"),
-    "long_poll": (10, "-0.1", "0"),
-    "retention": (600, "0.09", "0.1"),
-    "cleanup_interval": (30, "0.09", "0.1"),
-    "task_timeout": (60, "0.09", "0.1"),
-    "priority_step": (30, "-0.1", "0"),
-    "max_body": (65_536, "0", "1"),
-    "time_scale": (1, "-0.1", "0"),
+    "workers": (5, "0", "1", "1000"),
+    "queue_size": (100, "0", "1", "1000000000"),
+    "max_tasks": (10_000, "0", "1", "1000000000"),
+    "rate_limit": (10, "0", "1", "1000000000"),
+    "rate_window": (60, "0", "1", "1000000000"),
+    "long_poll": (10, "-0.1", "0", "1000000000"),
+    "retention": (600, "0.09", "0.1", "1000000000"),
+    "cleanup_interval": (30, "0.09", "0.1", "1000000000"),
+    "task_timeout": (60, "0.09", "0.1", "1000000000"),
+    "priority_step": (30, "-0.1", "0", "1000000000"),
+    "max_body": (65_536, "0", "1", "1000000000"),
+    "time_scale": (1, "-0.1", "0", "1000000000"),
 }
 
 
-@parametrize("name", Settings.model_fields)
-def test_a_setting(name: str, monkeypatch: MonkeyPatch) -> None:
-    """A bad value raises SystemExit with one line that names the variable and what is allowed."""
-    default, too_small, smallest = SETTINGS[name]
-    largest = 1000 if name == "workers" else 1_000_000_000
+def test_every_setting_has_a_row() -> None:
+    """SETTINGS above has a row for every setting."""
+    assert list(SETTINGS) == list(Settings.model_fields)
+
+
+@parametrize("name", SETTINGS)
+def test_a_setting(
+    name: str, monkeypatch: MonkeyPatch, capsys: CaptureFixture[str], caplog: LogCaptureFixture
+) -> None:
+    """A bad value ends the program with status 3, and one line says what is allowed."""
+    default, too_small, smallest, largest = SETTINGS[name]
     assert getattr(main.read_settings(), name) == default
     variable = f"TASKS_{name.upper()}"
-    for value in (smallest, str(largest)):
+    for value in (smallest, largest):
         monkeypatch.setenv(variable, value)
         assert getattr(main.read_settings(), name) == float(value)
-    for bad in (too_small, str(largest + 1), "", "x", "nan", "inf"):
+    for bad in (too_small, f"{largest}1", "", "x", "nan", "inf"):
         monkeypatch.setenv(variable, bad)
-        with pytest.raises(SystemExit, match=rf"^{variable}: Input should be [^\n]+$"):
+        with pytest.raises(SystemExit) as exit_:
             main.read_settings()
+        assert exit_.value.code == 3
+        assert re.fullmatch(rf"{variable}: Input should be [^\n]+\n", capsys.readouterr().err)
+    assert caplog.messages == []
+
+
+def test_two_bad_settings(monkeypatch: MonkeyPatch, capsys: CaptureFixture[str]) -> None:
+    """Each bad value has a line of its own."""
+    monkeypatch.setenv("TASKS_WORKERS", "many")
+    monkeypatch.setenv("TASKS_MAX_BODY", "0")
+    with pytest.raises(SystemExit):
+        main.read_settings()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["TASKS_WORKERS", "TASKS_MAX_BODY"]
+
+
+def test_unknown_settings(monkeypatch: MonkeyPatch, caplog: LogCaptureFixture) -> None:
+    """Unknown variables are named in one warning, and stop nothing, unlike unknown arguments."""
+    monkeypatch.setenv("TASKS_WORKERS", "2")
+    monkeypatch.setenv("TASKS_WORKER", "3")
+    monkeypatch.setenv("TASKS_PORT", "tcp://10.0.0.1:80")
+    assert main.read_settings() == Settings(workers=2)
+    assert caplog.messages == ["unknown settings are ignored: TASKS_PORT, TASKS_WORKER"]
+    assert caplog.records[0].levelname == "WARNING"
+    with pytest.raises(ValidationError):
+        Settings(worker=3)  # type: ignore[call-arg]  # this is the point
 
 
 # === Start and shutdown ===========================================================================
@@ -1495,64 +2286,52 @@ def test_a_setting(name: str, monkeypatch: MonkeyPatch) -> None:
 @pytest.fixture
 def received() -> Iterator[list[int]]:
     """Install handlers for SIGINT and SIGTERM that only note the signals."""
-    received: list[int] = []
+    signals: list[int] = []
     former = {}
     for signum in (signal.SIGINT, signal.SIGTERM):
-        former[signum] = signal.signal(signum, lambda number, _: received.append(number))
-    yield received
+        former[signum] = signal.signal(signum, lambda number, _: signals.append(number))
+    yield signals
     for signum, handler in former.items():
         signal.signal(signum, handler)
 
 
-@pytest.mark.usefixtures("received")
-def test_start_and_stop_twice() -> None:
-    """Only a started app accepts tasks. It can be started again, in another thread too."""
-    api = Api(create_app(Settings(rate_limit=100)))
+async def assert_closed(api: Api) -> None:
+    """Assert that an app accepts no tasks, because no workers are running."""
+    for response in (await api.post(), await api.http.get("/health")):
+        detail = problem_of(response, 503)["detail"]
+        assert detail == "The server does not accept tasks at the moment."
+        assert response.headers["retry-after"] == "10"
 
-    async def assert_closed() -> None:
-        for response in (await api.post(), await api.http.get("/health")):
-            detail = problem_of(response, 503)["detail"]
-            assert detail == "The server does not accept tasks at the moment."
-        assert await api.tasks() == []
 
-    async def once() -> None:
-        await assert_closed()
-        async with api.app.router.lifespan_context(api.app):
-            await ticks()
-            assert (await api.final(await api.submit()))["status"] == "completed"
-        await asyncio.sleep(1000)
-        await assert_closed()
-
-    run(once())
-    with ThreadPoolExecutor() as pool:  # no signal handler can be set there
-        pool.submit(run, once()).result()
+async def test_no_tasks_without_workers() -> None:
+    """An app accepts tasks only while its lifespan is running."""
+    api = Api(create_app(Settings()))
+    await assert_closed(api)
+    async with api.app.router.lifespan_context(api.app):
+        task = await api.run()
+    await assert_closed(api)
+    assert await api.tasks() == [task]
 
 
 @parametrize("turns", [0, 1, 10])
 async def test_shutdown_with_tasks_and_polls(turns: int) -> None:
     """Shutdown cancels all tasks, answers their polls, and takes no time, even after the start."""
     manager = TaskManager(Settings(), forever)
-    async with manager.working():
-        tasks = [manager.submit("compute_sum", {}) for _ in range(20)]
-        polls = [asyncio.create_task(manager.wait(task["task_id"])) for task in tasks]
-        await ticks(turns)
-    assert await asyncio.gather(*polls) == tasks
-    assert {task["status"] for task in tasks} == {"cancelled"}
-    assert clock() == 0
-    assert not asyncio_tasks()
+    async with ending(manager):
+        async with manager.working():
+            tasks = [manager.submit("test", {}) for _ in range(20)]
+            polls = [asyncio.create_task(manager.wait(task["task_id"])) for task in tasks]
+            await ticks(turns)
+        assert {task["status"] for task in tasks} == {"cancelled"}
+        assert await asyncio.gather(*polls) == tasks
+        assert clock() == 0
 
 
-async def test_everything_is_cancelled_after_a_signal() -> None:
-    """After a second Ctrl-C, asyncio cancels all its tasks, and the tasks are still cancelled."""
-    manager = TaskManager(Settings(workers=2), forever)
-    async with manager.working():
-        tasks = [manager.submit("compute_sum", {}) for _ in range(3)]
-        await ticks()
-        manager.stop_waiting()
-        for asyncio_task in asyncio_tasks():
-            asyncio_task.cancel()
-        await ticks(20)
-        assert [task["status"] for task in tasks] == ["cancelled"] * 3
+async def test_a_body_that_fails() -> None:
+    """If the body of the lifespan raises an exception, the workers and the timer end as well."""
+    with pytest.raises(KeyError):
+        async with running():  # asserts that nothing is left
+            raise KeyError
 
 
 async def test_shutdown_does_not_wait_forever() -> None:
@@ -1566,9 +2345,32 @@ async def test_shutdown_does_not_wait_forever() -> None:
 
     manager = TaskManager(Settings(), work)
     async with manager.working():
-        manager.submit("compute_sum", {})
+        manager.submit("test", {})
         await ticks()
     assert clock() == 5
+
+
+@parametrize("cancellations", [1, 2, 3])
+async def test_a_shutdown_that_is_cancelled(cancellations: int) -> None:
+    """All tasks are final when `working` has ended, even if its end was cancelled."""
+    manager = TaskManager(Settings(workers=2), deaf)
+
+    async def program() -> None:
+        async with manager.working():
+            for _ in range(4):
+                manager.submit("test", {})
+            await forever()
+
+    program_task = asyncio.create_task(program())
+    await asyncio.sleep(1)
+    for _ in range(cancellations):
+        program_task.cancel()
+        await real_sleep(0)
+    await asyncio.wait({program_task})
+    assert {task["status"] for task in manager.iterate()} == {"cancelled"}
+    assert len(list(manager.iterate())) == 4
+    assert clock() == (6 if cancellations == 1 else 1)
+    await asyncio.sleep(100)
 
 
 @parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -1576,39 +2378,69 @@ async def test_a_signal_ends_the_polls(signum: int, received: list[int]) -> None
     """A signal answers the polls, reaches the former handler, and closes the app for new tasks."""
     former = signal.getsignal(signum)
     async with running(forever, workers=1) as api:
-        task_id = await api.submit()
+        ids = [await api.submit() for _ in range(3)]
         await ticks()
-        poll = asyncio.create_task(api.get(task_id, wait=True))
+        polls = [asyncio.create_task(api.get(task_id, wait=True)) for task_id in ids[:2]]
         await ticks()
         signal.raise_signal(signum)
-        assert (await poll)["status"] == "processing"
-        assert (await api.get(task_id, wait=True))["status"] == "processing"
-        problem_of(await api.post(), 503)
-        assert clock() == 0
         assert received == [signum]
+        # The handler can run in the middle of anything, so it has changed nothing itself.
+        assert api.manager.health()["status"] == "ok"
+        tasks = await asyncio.gather(*polls)
+        assert [task["status"] for task in tasks] == ["processing", "queued"]
+        for task_id in ids:  # polls that begin after the signal, also of the third task
+            await api.get(task_id, wait=True)
+        await assert_closed(api)
+        assert clock() == 0
     assert signal.getsignal(signum) is former
 
 
-def test_a_signal_after_one_of_two_apps_has_ended(received: list[int]) -> None:
+@real_time
+async def test_a_signal_wakes_an_idle_event_loop(received: list[int]) -> None:
+    """A signal ends a poll while the event loop has nothing else to do."""
+    async with running(forever, long_poll=1000, cleanup_interval=1000, task_timeout=1000) as api:
+        task_id = await api.submit()
+        await asyncio.sleep(0.01)
+        loop = asyncio.get_running_loop()
+        woken = Mock(wraps=loop.call_soon_threadsafe)
+        with MonkeyPatch.context() as patch:
+            patch.setattr(loop, "call_soon_threadsafe", woken)
+            signal.raise_signal(signal.SIGTERM)
+            assert (await api.get(task_id, wait=True))["status"] == "processing"
+        assert woken.call_count == 1
+
+
+async def test_a_signal_after_one_of_two_apps_has_ended(received: list[int]) -> None:
     """Two apps, started a, b and stopped a, b: a signal reaches b, then the former handler."""
+    first, second = create_app(Settings()), create_app(Settings())
+    one = first.router.lifespan_context(first)
+    two = second.router.lifespan_context(second)
+    await one.__aenter__()
+    await two.__aenter__()
+    await one.__aexit__(None, None, None)
+    signal.raise_signal(signal.SIGTERM)
+    await ticks()
+    with pytest.raises(main.UnavailableError):
+        second.state.manager.health()
+    await two.__aexit__(None, None, None)
+    assert received == [signal.SIGTERM]
+
+
+def test_a_signal_after_the_loop_of_an_app_is_closed(received: list[int]) -> None:
+    """A handler that was left behind, because another one is in front of it, raises nothing."""
 
     async def overlap() -> None:
-        first = create_app(Settings())
-        second = create_app(Settings())
+        first, second = create_app(Settings()), create_app(Settings())
         one = first.router.lifespan_context(first)
         two = second.router.lifespan_context(second)
         await one.__aenter__()
         await two.__aenter__()
         await one.__aexit__(None, None, None)
-        signal.raise_signal(signal.SIGTERM)
-        await ticks()
-        with pytest.raises(main.UnavailableError):
-            second.state.manager.health()
         await two.__aexit__(None, None, None)
 
     run(overlap())
-    signal.raise_signal(signal.SIGINT)  # reaches a handler of the first app, whose loop is closed
-    assert received == [signal.SIGTERM, signal.SIGINT]
+    signal.raise_signal(signal.SIGINT)
+    assert received == [signal.SIGINT]
 
 
 async def test_no_handler_is_added_if_there_is_none(received: list[int]) -> None:
@@ -1616,6 +2448,133 @@ async def test_no_handler_is_added_if_there_is_none(received: list[int]) -> None
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the fixture restores the handler
     async with running():
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# === A manager that is used again =================================================================
+
+
+async def test_the_same_loop_again() -> None:
+    """Of a former run, only its finished tasks are left, until they expire."""
+    async with running(complete, workers=1, retention=10) as api:
+        await api.run()
+    async with api.app.router.lifespan_context(api.app):
+        client = Api(api.app)
+        (former,) = await client.tasks()
+        assert former["status"] == "completed"
+        task = await client.run()
+        assert (await client.tasks()) == [task, former]
+        assert api.manager.health()["tasks"]["completed"] == 2
+        await asyncio.sleep(10)
+        assert await client.tasks() == []
+
+
+@pytest.mark.usefixtures("received")
+def test_another_loop_and_another_thread() -> None:
+    """An app can be started again in another event loop, in another thread too."""
+    api = Api(create_app(Settings()))
+
+    async def once() -> None:
+        async with api.app.router.lifespan_context(api.app):
+            assert (await api.run())["status"] == "completed"
+        await asyncio.sleep(600)
+        assert await api.tasks() == []
+
+    run(once())
+    run(once())
+    with ThreadPoolExecutor() as pool:  # no signal handler can be set there
+        pool.submit(run, once()).result()
+
+
+async def test_abandoned_work_of_a_former_run(expected_errors: list[str]) -> None:
+    """When it ends at last, it changes no task, figure or worker, and its bug is in the log."""
+
+    async def work(*_: Any) -> None:
+        await deaf()
+        raise ValueError("a bug")
+
+    works = iter([work, work, complete, forever])
+    settings = Settings(workers=2, task_timeout=1000)
+    manager = TaskManager(settings, lambda *args: next(works)(*args))
+    expected_errors.extend([BUG, BUG])
+    async with manager.working():
+        former = [manager.submit("test", {}) for _ in range(2)]
+        await asyncio.sleep(1)
+    assert clock() == 6
+    async with manager.working():
+        assert (await outcome(manager))["status"] == "completed"
+        task = manager.submit("test", {})
+        await asyncio.sleep(95)  # the abandoned work ends at 100
+        assert [task["status"] for task in former] == ["cancelled", "cancelled"]
+        assert task["status"] == "processing"
+        assert manager.health()["workers"] == {"busy": 1, "total": 2}
+    assert clock() == 101
+
+
+def test_abandoned_work_in_another_loop() -> None:
+    """A shutdown doesn't wait for the work that a former run has abandoned in another loop."""
+    works = iter([deaf, complete])
+    manager = TaskManager(Settings(), lambda *args: next(works)(*args))
+
+    async def once(seconds: float) -> None:
+        async with manager.working():
+            manager.submit("test", {})
+            await asyncio.sleep(1)
+        assert clock() == seconds
+
+    loop = VirtualLoop()
+    loop.run_until_complete(once(6))
+    run(once(1))
+    loop.run_until_complete(asyncio.sleep(100))  # in which the deaf work ends
+    loop.close()
+
+
+@parametrize("same_loop", [True, False])
+def test_a_run_that_was_interrupted(same_loop: bool) -> None:
+    """If a KeyboardInterrupt has stopped the event loop, the next run drops what was unfinished."""
+    manager = TaskManager(Settings(workers=1, queue_size=2), forever)
+
+    async def interrupted() -> None:
+        async with manager.working():
+            finished = manager.submit("test", {})
+            await ticks()
+            manager.cancel(finished["task_id"])
+            await ticks()
+            manager.submit("test", {})
+            await ticks()
+            manager.submit("test", {})
+            asyncio.get_running_loop().call_soon(Mock(side_effect=KeyboardInterrupt))
+            await forever()
+
+    async def again() -> None:
+        async with manager.working():
+            assert [task["status"] for task in manager.iterate()] == ["cancelled"]
+            tasks = [manager.submit("test", {}) for _ in range(2)]
+            await ticks(20)
+            assert [task["status"] for task in tasks] == ["processing", "queued"]
+            assert manager.health()["workers"] == {"busy": 1, "total": 1}
+            assert manager.health()["queue"]["size"] == 1
+        assert [task["status"] for task in tasks] == ["cancelled", "cancelled"]
+
+    loops = [VirtualLoop()]
+    with pytest.raises(KeyboardInterrupt):
+        loops[0].run_until_complete(interrupted())
+    if not same_loop:
+        loops.append(VirtualLoop())
+    loops[-1].run_until_complete(again())
+    for loop in loops:
+        for task in asyncio.all_tasks(loop):
+            task.cancel()
+        loop.run_until_complete(ticks(20))
+        loop.close()
+
+
+async def test_the_limiter_goes_on_counting() -> None:
+    """A restart of the workers gives no client a new quota."""
+    async with running(rate_limit=2) as api:
+        await api.http.get(LIMITED)
+    async with api.app.router.lifespan_context(api.app):
+        client = Api(api.app).http
+        assert (await client.get(LIMITED)).headers["ratelimit"] == '"default";r=0;t=60'
 
 
 # === Any order of the event loop ==================================================================
@@ -1634,35 +2593,40 @@ def in_any_order(scenario: Callable[[Random], Scenario]) -> None:
             run(scenario(Random(seed)), seed)
 
 
-async def race(work: Any, tick: int) -> None:
+async def race(work: Any, status: str, tick: int) -> None:
     """Cancel a task at one tick of its life, and compare everything that is said about its end."""
     async with managing(work, workers=1) as manager:
         task = manager.submit("test", {})
         following = manager.submit("test", {})
         poll = asyncio.create_task(final(manager, task))
-        start = clock()
         await ticks(tick)
         try:
             end = manager.cancel(task["task_id"]).copy()
             assert end["status"] == "cancelled"
         except main.TaskFinishedError as exc:
             end = exc.task.copy()
-            assert end["status"] == ("failed" if work is fail else "completed")
+            assert end["status"] == status
         assert await poll == end
-        assert clock() == start
+        assert clock() == 0
         await asyncio.sleep(1)
         assert task == end
         assert task["result"] == ("done" if task["status"] == "completed" else None)
-        assert following["status"] == ("failed" if work is fail else "completed")
-        check(manager)
+        assert following["status"] == status
+        assert_counts_agree(manager)
 
 
-@parametrize("work", [complete, fail, resist])
-def test_the_race_of_cancel_and_finish(work: Any) -> None:
+RACES = {"complete": (complete, "completed"), "fail": (fail, "failed")}
+RACES["resist"] = (resist, "completed")
+
+
+@parametrize("name", RACES)
+def test_the_race_of_cancel_and_finish(name: str) -> None:
     """At whichever tick a task is cancelled, it has one end, and every client sees the same one."""
+    work, status = RACES[name]
     for tick in range(16):
-        run(race(work, tick))
-    in_any_order(lambda random: race(work, random.randrange(16)))
+        with naming(f"tick {tick}"):
+            run(race(work, status, tick))
+    in_any_order(lambda random: race(work, status, random.randrange(16)))
 
 
 async def random_work(_: str, parameters: Json, report: Report) -> None:
@@ -1674,114 +2638,80 @@ async def random_work(_: str, parameters: Json, report: Report) -> None:
         raise main.TaskFailedError("3")
 
 
-async def poll(manager: TaskManager, task: Task) -> None:
+async def poll_until_final(manager: TaskManager, task: Task) -> None:
     """Poll a task until it has finished, and assert that no change is reported late."""
     while task["status"] not in FINAL:
-        assert clock() < 10_000
         before = task["status"]
         await manager.wait(task["task_id"])
         if task["status"] != before:
-            times = [text for text in (task["started_at"], task["finished_at"]) if text]
-            assert any(abs(clock() - second(text)) < 0.001 for text in times)
+            changed = task["finished_at"] or task["started_at"] or ""
+            # The task can have started and finished before this client goes on.
+            assert clock() == pytest.approx(second(changed), abs=0.001), task
 
 
 async def submit_and_poll(manager: TaskManager, random: Random) -> None:
     """Submit a task, cancel some tasks, and poll the task from two clients."""
-    await real_sleep(random.choice([0, 0, 0.5, 1, 20]))
+    await asyncio.sleep(random.choice([0, 0, 0.5, 1, 20]))
     seconds = random.choice([0, 1, 3, 7])
-    priority = random.choice(list(main.PRIORITY_LEVELS))
+    priority = random.choice(list(main.LEVELS))
     expected = "failed" if seconds == 3 else "completed"
     try:
         task = manager.submit("test", {"seconds": seconds}, priority)
     except main.UnavailableError:
-        assert manager.health()["queue"]["size"] == 6
+        queue = manager.health()["queue"]
+        assert queue["size"] == queue["capacity"]
         return
-    polls = asyncio.gather(poll(manager, task), poll(manager, task))
+    polls = asyncio.gather(*[poll_until_final(manager, task) for _ in range(2)])
     if random.random() < 0.4:
-        await real_sleep(random.choice([0, 1, 2, 5]))
+        await asyncio.sleep(random.choice([0, 1, 2, 5]))
         with suppress(main.TaskFinishedError):
             manager.cancel(task["task_id"])
             expected = "cancelled"
     await polls
-    assert task["status"] == expected
+    assert task["status"] == expected, task
 
 
 def compare(manager: TaskManager, seen: dict[str, Task]) -> None:
     """Compare the tasks with how they were, and remember how they are."""
     for task in manager.iterate():
         old = seen.get(task["task_id"], task)
-        assert old["status"] not in FINAL or task == old
-        assert task["status"] != "queued" or old["status"] == "queued"
-        assert task["progress"] >= old["progress"]
-        assert (task["progress"] == 100) == (task["status"] == "completed")
+        if old["status"] in FINAL:
+            assert task == old
+        if task["status"] == "queued":
+            assert old["status"] == "queued"
+        assert task["progress"] >= old["progress"], task
+        assert (task["progress"] == 100) == (task["status"] == "completed"), task
         seen[task["task_id"]] = task.copy()
+
+
+async def storm(random: Random) -> None:
+    """Submit, poll and cancel tasks from 40 clients, and stop in the middle of five tasks."""
+    seen: dict[str, Task] = {}
+    async with managing(random_work, workers=3, queue_size=6, retention=10, long_poll=4) as manager:
+        clients = asyncio.gather(*[submit_and_poll(manager, random) for _ in range(40)])
+        while not clients.done():
+            await asyncio.sleep(random.choice([0, 0, 0.5, 1, 3]))
+            with naming(f"second {clock()}"):
+                compare(manager, seen)
+                assert_counts_agree(manager)
+        await clients
+        for _ in range(5):
+            manager.submit("test", {"seconds": 1})
+        await ticks(random.randrange(10))
 
 
 def test_a_storm_in_any_order(caplog: LogCaptureFixture) -> None:
     """No task is lost, ends twice or goes back, and no poll misses a change."""
     caplog.set_level(logging.ERROR)
-
-    async def scenario(random: Random) -> None:
-        settings = Settings(workers=3, queue_size=6, retention=10, long_poll=4)
-        manager = TaskManager(settings, random_work)
-        seen: dict[str, Task] = {}
-        async with manager.working():
-            clients = asyncio.gather(*[submit_and_poll(manager, random) for _ in range(40)])
-            while not clients.done():
-                await real_sleep(random.choice([0, 0, 0.5, 1, 3]))
-                compare(manager, seen)
-                check(manager)
-            await clients
-            for _ in range(5):
-                manager.submit("compute_sum", {"seconds": 1})
-            await ticks(random.randrange(10))
-        assert all(task["status"] in FINAL for task in manager.iterate())
-        assert not asyncio_tasks()
-
-    in_any_order(scenario)
+    in_any_order(storm)
 
 
-# === Real threads, programs and servers ===========================================================
+# === Real servers =================================================================================
 
-
-@real_time
-async def test_work_in_a_thread() -> None:
-    """Work that blocks a thread blocks nothing else."""
-    finish = threading.Event()
-
-    async def work(*_: Any) -> bool:
-        return await asyncio.to_thread(finish.wait, 30)
-
-    async with running(work) as api:
-        task_id = await api.submit()
-        assert (await api.get(task_id))["result"] is None
-        finish.set()
-        assert (await api.final(task_id))["result"] is True
-
-
-@real_time
-async def test_work_in_a_program() -> None:
-    """A program dies with its task."""
-    processes: asyncio.Queue[asyncio.subprocess.Process] = asyncio.Queue()
-
-    async def work(*_: Any) -> None:
-        process = await asyncio.create_subprocess_exec(sys.executable, "-c", "input()", stdin=-1)
-        processes.put_nowait(process)
-        try:
-            await process.wait()
-        finally:
-            process.kill()
-            await process.wait()
-
-    async with managing(work) as manager:
-        task = manager.submit("test", {})
-        process = await processes.get()
-        manager.cancel(task["task_id"])
-        assert await process.wait() != 0
-
-
-PATIENCE = 15  # seconds for one step of a server, which only end a hang
+PATIENCE = 20  # seconds for one step of a server, which only end a hang
 UGLY = re.compile("Traceback|never|destroyed|ResourceWarning|ERROR|CRITICAL")
+FOLDER = Path(main.__file__).parent
+needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 
 
 class Server:
@@ -1791,15 +2721,14 @@ class Server:
         """Start the server, and wait until it is listening or has ended."""
         command = [sys.executable, "-X", "dev", "-m", "uvicorn", "main:app", "--port", "0"]
         variables = {f"TASKS_{name.upper()}": str(value) for name, value in settings.items()}
-        folder = Path(main.__file__).parent
         self.process = subprocess.Popen(
-            command, env=os.environ | variables, cwd=folder, stderr=subprocess.PIPE, text=True
+            command, env=os.environ | variables, cwd=FOLDER, stderr=subprocess.PIPE, text=True
         )
         assert self.process.stderr
         self.stderr = self.process.stderr
+        self.log = ""
         watchdog = threading.Timer(PATIENCE, self.process.kill)
         watchdog.start()
-        self.log = ""
         for line in self.stderr:
             self.log += line
             if "running on" in line:
@@ -1811,6 +2740,9 @@ class Server:
         self.http = httpx.Client(base_url=url, timeout=PATIENCE, trust_env=False)
 
     def __enter__(self) -> Self:
+        if not self.port:
+            self.__exit__()
+            pytest.fail(f"the server has not started:\n{self.log}", pytrace=False)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1831,24 +2763,32 @@ class Server:
 
     def long_poll(self, path: str) -> socket.socket:
         """Return a connection with a long poll that the server has received."""
+        # Two requests on one connection. The server starts the second one when it has responded to
+        # the first one.
         poll = f"GET {path}?wait=true HTTP/1.1"
         connection = self.connect("GET /health HTTP/1.1", "Host: x", "", poll)
-        # The server starts the second request when it has responded to the first.
         health = HTTPResponse(connection)
         health.begin()
         assert b"busy" in health.read()
         return connection
 
+    def wait(self) -> int:
+        """Wait until the process has ended, and return its exit code."""
+        try:
+            self.process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.log += self.stderr.read()
+            pytest.fail(f"the server does not stop:\n{self.log}", pytrace=False)
+        self.log += self.stderr.read()
+        return self.process.returncode
+
     def stop(self, signum: int = signal.SIGTERM) -> int:
         """End the process with a signal, and return its exit code. Its log must be clean."""
         self.process.send_signal(signum)
-        code = self.process.wait(PATIENCE)
-        self.log += self.stderr.read()
+        code = self.wait()
         assert not UGLY.search(self.log), self.log
         return code
-
-
-needs_signals = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGTERM")
 
 
 def read_all(connection: socket.socket) -> bytes:
@@ -1862,9 +2802,11 @@ def test_the_list_arrives_in_parts() -> None:
     with Server(rate_limit=1000, queue_size=1000) as server:
         paths = [server.submit() for _ in range(150)]
         answer = read_all(server.connect("GET /tasks HTTP/1.1", "Connection: close"))
+        # In the chunked encoding, the size of each chunk stands on a line before it.
         _, *parts, _ = re.split(rb"\r\n[0-9a-f]+\r\n", answer)
-        assert len(parts) >= 2
-        assert [f"/tasks/{task['task_id']}" for task in json.loads(b"".join(parts))] == paths
+        assert len(parts) == 2
+        found = [f"/tasks/{task['task_id']}" for task in json.loads(b"".join(parts))]
+        assert found == paths[::-1]
 
 
 def test_clients_that_disconnect() -> None:
@@ -1874,7 +2816,7 @@ def test_clients_that_disconnect() -> None:
         server.long_poll(path).close()
         server.connect("GET /tasks HTTP/1.1").close()
         server.connect("POST /tasks HTTP/1.1", "Content-Length: 100").close()
-        assert server.http.get(f"{path}?wait=true").status_code == 200
+        assert server.http.get(f"{path}?wait=true").json()["status"] == "processing"
         assert server.http.delete(path).json()["status"] == "cancelled"
         server.stop()
 
@@ -1885,7 +2827,7 @@ def test_shutdown_of_a_server(signum: int, code: int) -> None:
     """A signal ends the server although polls are open, cancels all tasks, and the log is clean."""
     with Server(rate_limit=10_000, long_poll=3600) as server:
         paths = [server.submit() for _ in range(20)]
-        server.long_poll(paths[0]).close()
+        server.long_poll(paths[0]).close()  # also with a poll whose client has left
         connection = server.long_poll(paths[0])
         assert server.stop(signum) == code
         assert b'"status":"processing"' in read_all(connection)
@@ -1893,17 +2835,131 @@ def test_shutdown_of_a_server(signum: int, code: int) -> None:
 
 
 def test_a_server_with_bad_settings() -> None:
-    """The server doesn't start, and its output names each bad or unknown variable."""
-    with Server(workers="many", worker=2) as server:
-        assert server.process.wait(PATIENCE) == 1
+    """The server ends by itself with status 3, and its output names each bad variable."""
+    server = Server(workers="many", retention=0, worker=2)
+    try:
+        assert server.wait() == 3
         assert re.search("^TASKS_WORKERS: Input should be ", server.log, re.MULTILINE)
-        assert "\nTASKS_WORKER: Extra inputs are not permitted\n" in server.log
+        assert re.search("^TASKS_RETENTION: Input should be ", server.log, re.MULTILINE)
+        assert "unknown settings are ignored: TASKS_WORKER\n" in server.log
         assert "Traceback" not in server.log
+    finally:
+        server.__exit__()
 
 
-# === Virtual time for all asynchronous tests ======================================================
+PROGRAM = """
+import asyncio, sys, time
+import main
 
-# This has to be the end of the file, because it wraps the tests that are defined above.
-for name, function in list(globals().items()):
-    if name.startswith("test_") and inspect.iscoroutinefunction(function):
-        globals()[name] = synchronous(function, run)
+async def work(task_type, parameters, report):
+    print("working", flush=True)
+    if {computes}:
+        end = time.monotonic() + 1  # a signal arrives in the meantime
+        while time.monotonic() < end:
+            pass
+    await asyncio.sleep(3600)
+
+tasks = []
+manager = main.TaskManager(main.Settings(), work)
+
+async def program():
+    async with manager.working():
+        tasks.append(manager.submit("test", {{}}))
+        await asyncio.sleep(3600)
+
+try:
+    if {runs}:
+        asyncio.run(program())
+    else:
+        asyncio.new_event_loop().run_until_complete(program())
+except KeyboardInterrupt:
+    print(tasks[0]["status"])
+    sys.exit(42)
+"""
+
+
+@needs_signals
+@parametrize("computes", [False, True], ids=["waits", "computes"])
+@parametrize("runs", [True, False], ids=["asyncio.run", "run_until_complete"])
+def test_ctrl_c_with_the_engine_alone(computes: bool, runs: bool) -> None:
+    """Ctrl-C ends a program that uses the engine without a server."""
+    source = PROGRAM.format(computes=computes, runs=runs)
+    with subprocess.Popen(
+        [sys.executable, "-c", source],
+        cwd=FOLDER,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        watchdog = threading.Timer(PATIENCE, process.kill)
+        watchdog.start()
+        assert process.stdout
+        assert process.stderr
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGINT)
+        output = process.stdout.read()
+        errors = process.stderr.read()
+        assert process.wait() == 42, errors
+        watchdog.cancel()
+    if runs and sys.version_info >= (3, 11):  # before, asyncio.run cancels everything at once
+        assert (output, errors) == ("cancelled\n", "")
+
+
+# === Your own tests ===============================================================================
+#
+# Tests of your own can stand here, or in a file of their own:
+#
+#     from test_main import anyio_backend, expected_errors, final, managing, real_time, running
+#
+#     pytestmark = pytest.mark.anyio
+#
+# An asynchronous test runs in virtual time. `running` runs an app, and `managing` only the engine.
+
+
+async def test_my_report() -> None:
+    """This runs a `case` of `execute`, with the parameters as a client sends them."""
+    async with running() as api:
+        task = await api.run(task_type="generate_report", parameters={"title": "T", "sections": 6})
+        assert task["result"] == "T\n6 sections"
+        assert clock() == 30  # seconds, which have taken no time
+
+
+@real_time
+async def test_my_thread() -> None:
+    """Work that uses a thread, a program or a socket needs real time."""
+    finish = threading.Event()
+
+    async def work(_: str, parameters: Json, __: Report) -> Any:
+        await anyio.to_thread.run_sync(finish.wait, 30)
+        return parameters["numbers"]
+
+    async with running(work) as api:
+        task_id = await api.submit(parameters={"numbers": [1, 2]})
+        assert (await api.get(task_id))["result"] is None  # the thread blocks nothing else
+        finish.set()
+        assert (await api.get_final(task_id))["result"] == [1, 2]
+
+
+def block(*_: Any) -> None:
+    """Block a thread for a moment."""
+    threading.Event().wait(0.01)
+
+
+USES: dict[str, Any] = {
+    "a thread of asyncio": lambda *_: asyncio.to_thread(block),
+    "a thread of anyio": lambda *_: anyio.to_thread.run_sync(block),
+    "a program": lambda *_: asyncio.create_subprocess_exec("true"),
+    "a socket": lambda *_: asyncio.open_connection("127.0.0.1", 9),
+}
+
+
+@parametrize("name", USES)
+def test_a_forgotten_real_time(name: str) -> None:
+    """In virtual time, work that needs real time fails with a message that says so."""
+
+    async def test() -> None:
+        await USES[name]()
+        await asyncio.sleep(60)
+
+    with pytest.raises((RuntimeError, AssertionError), match="use @real_time"):
+        run(test())
