@@ -28,29 +28,29 @@ FOUR FACTS ABOUT ASYNCIO
 
 1.  **Code between two awaits is atomic.** The event loop runs all coroutines in one thread. It can
     switch from one to another only where the current one waits: at an `await`, an `async with` or
-    an `async for`, or at the `yield` of a generator, because its caller can wait there.
+    an `async for`. At a `yield`, a generator is suspended, and its caller can wait.
 
         if len(tasks) < 100:        # These two lines cannot be interrupted,
             tasks.append(task)      # so there are never more than 100 tasks. No lock is needed.
 
         if len(tasks) < 100:        # Suppose there are 99.
-            await save(task)        # Another coroutine runs here, and counts 99 tasks as well.
+            await save(task)        # Another coroutine runs here and counts 99 tasks as well.
             tasks.append(task)      # <-- There can be 101 tasks now.
 
     `await f()` switches only if something inside `f` waits. Otherwise it is like a function call.
-    Signal handlers and other threads run at any time, so they let the event loop make their
-    changes, with `call_soon_threadsafe`.
+    Signal handlers and other threads can run at any time, so they hand their changes over to the
+    event loop, with `call_soon_threadsafe`.
 
-2.  **There are three ways to wait for an asyncio task.** `await asyncio_task` returns its result or
+2.  **There are several ways to wait for asyncio tasks.** `await asyncio_task` returns its result or
     raises its exception. `await asyncio.gather(...)` does this for several: it raises the first
     exception, and the others go on. `await asyncio.wait(...)` raises none of their exceptions.
 
-3.  **Cancellation is a request.** `asyncio_task.cancel()` raises `asyncio.CancelledError` at the
-    `await` where that asyncio task is suspended. If it awaits another asyncio task, directly or
-    through `gather`, the request goes to that one first, which can ignore it. `asyncio.wait` does
-    not pass it on. Code cleans up in a `finally`. Code that catches CancelledError (which `except
-    Exception` does not) should raise it again, because otherwise the asyncio task goes on. If an
-    asyncio task is cancelled before it starts, none of its code runs, not even a `finally`.
+3.  **Cancellation is a request.** `asyncio_task.cancel()` returns immediately. Soon after, the event
+    loop raises `asyncio.CancelledError` at the `await` where that asyncio task is suspended. If it
+    awaits another asyncio task, directly or through `gather`, the request goes to that one first,
+    which can ignore it. `asyncio.wait` does not pass it on. An asyncio task that is cancelled
+    before it starts runs none of its code. Code that has to clean up does so in a `finally`. Code
+    that catches CancelledError should raise it again, because otherwise the asyncio task goes on.
 
 4.  **An `asyncio.Event` wakes all its waiters.** `await event.wait()` suspends a coroutine until
     another one calls `event.set()`. After that, `wait` returns immediately, until `event.clear()`.
@@ -58,9 +58,10 @@ FOUR FACTS ABOUT ASYNCIO
 WHAT THIS FILE DOES NOT DO
 
 Tasks are lost when the process restarts. There can be only one process, because a second one would
-have its own tasks. There are no users: every client can see and cancel every task. Work that blocks
-the event loop cannot be stopped, and work that ignores its cancellation keeps its worker until 5 s
-after its timeout. README.md names systems without these limits, and what they replace here.
+have its own tasks. There are no users: every client can see and cancel every task. A shutdown does
+not wait for tasks to complete. Work that ignores its cancellation keeps its worker until 5 s after
+its timeout, and work that blocks the event loop or a thread cannot be stopped at all. README.md
+names systems without these limits and says which parts of this file they replace.
 """
 
 import asyncio
@@ -96,28 +97,28 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from typing_extensions import TypedDict  # pydantic needs this TypedDict before 3.12
 
 
-class TaskLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # before Python 3.11, it takes none
-    """A logger that raises nothing, so that a logging filter cannot change what happens to a task."""
+class TaskLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # not generic in Python 3.10
+    """A logger that raises nothing, because a logging filter must not change what happens to a task."""
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """Log a message, or drop it if that raises an exception. All other methods call this one."""
+        """Log a message, or drop it if a filter raises anything. `info` and `error` call this."""
         with suppress(BaseException):
             super().log(*args, **kwargs)
 
 
-# Under `uvicorn.error`, because uvicorn shows INFO messages only of its own loggers.
+# Under `uvicorn.error`, because uvicorn shows INFO messages only from its own loggers.
 log = TaskLog(logging.getLogger("uvicorn.error.tasks"))
 
 
 # === Types ========================================================================================
-# At run time, a task is a plain dict. The TypedDicts below are for type checkers and for /docs,
-# which shows their docstrings to clients.
+# At run time, a task is a plain dict. The TypedDicts are for type checkers and for /docs, which shows
+# their docstrings to clients.
 
 Status: TypeAlias = Literal["queued", "processing", "completed", "failed", "cancelled"]
 Priority: TypeAlias = Literal["high", "normal", "low"]
 Parameters: TypeAlias = dict[str, Any]
 
-# Strings, with a format for the clients.
+# Strings whose format is shown in /docs.
 TaskId: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
 Time: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
@@ -165,7 +166,7 @@ class Task(TypedDict):
 
 
 class Health(TypedDict):
-    """The tasks by status, and the load. A worker is also busy while cancelled work cleans up."""
+    """Task counts by status, and the load. A worker is also busy while cancelled work cleans up."""
 
     status: Literal["ok"]
     tasks: dict[Status, int]
@@ -175,10 +176,10 @@ class Health(TypedDict):
 
 # === Settings =====================================================================================
 
-# A billion seconds are 32 years: enough for any setting, and not too much for a date in Python.
+# A billion seconds are about 32 years. Added to a date, they cannot overflow it.
 WholeNumber: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
-ZeroOrMore: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
+NonNegative: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
 
 
 class Settings(BaseModel, frozen=True, extra="forbid"):
@@ -188,14 +189,14 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     queue_size: WholeNumber = 100  # tasks that can wait for a worker
     max_tasks: WholeNumber = 10_000  # tasks in memory, whatever their status
     rate_limit: WholeNumber = 10  # requests that a client can send in `rate_window` seconds
-    rate_window: WholeNumber = 60  # seconds, a whole number because a header contains it
-    long_poll: ZeroOrMore = 10  # seconds that `?wait=true` waits for a change
+    rate_window: WholeNumber = 60  # seconds, whole because a header contains it
+    long_poll: NonNegative = 10  # seconds that `?wait=true` waits for a change
     retention: Seconds = 600  # seconds that a finished task can be read
     cleanup_interval: Seconds = 30  # seconds between two runs of the clean-up
     task_timeout: Seconds = 60  # seconds that the work of a task can take
-    priority_step: ZeroOrMore = 30  # seconds of waiting that a level of priority is worth
+    priority_step: NonNegative = 30  # seconds of waiting that a level of priority is worth
     max_body: WholeNumber = 65_536  # bytes in the body of a request
-    time_scale: ZeroOrMore = 1  # multiplies the duration of the simulated work
+    time_scale: NonNegative = 1  # multiplies the duration of the simulated work
 
 
 def read_settings() -> Settings:
@@ -211,11 +212,11 @@ def read_settings() -> Settings:
     except ValidationError as exc:
         for error in exc.errors():
             print(f"TASKS_{str(error['loc'][0]).upper()}: {error['msg']}", file=sys.stderr)
-        raise SystemExit(3) from None  # uvicorn and gunicorn do not restart after this status
+        raise SystemExit(3) from None  # uvicorn and gunicorn do not start it again
 
 
 # === Errors =======================================================================================
-# No asyncio here. The manager raises subclasses of ManagerError, and the API turns them into HTTP
+# (No asyncio here.) The manager raises subclasses of ManagerError, and the API turns them into HTTP
 # responses. TaskFailedError is different: work raises it, and its message is stored in the task.
 
 
@@ -253,11 +254,11 @@ INTERNAL_ERROR: TaskError = {"code": "internal_error", "message": "An internal e
 
 def describe_failure(exc: BaseException) -> TaskError:
     """Return what clients are told about an exception that ended the work of a task."""
-    with suppress(BaseException):  # the `__str__` of an exception can raise another one
+    with suppress(BaseException):  # the `__str__` of an exception can raise anything
         match exc:
             case TaskFailedError():
                 return {"code": "task_failed", "message": printable(exc)}
-            # The first exception of an asyncio.TaskGroup has usually cancelled the other tasks.
+            # An exception group, as asyncio.TaskGroup raises it. Its first exception is the cause.
             case BaseException(exceptions=[first, *_]):  # type: ignore[misc]  # new in Python 3.11
                 return describe_failure(first)
     # The text of any other exception can contain secrets. Only the log shows it.
@@ -270,8 +271,8 @@ def printable(text: object, length: int | None = None) -> str:
 
 
 # === Work =========================================================================================
-# Replace this section with your own work. A new task type needs a `case` here, and two models such
-# as SumParameters and SumSubmission. Or leave this file alone, and pass yours to `create_app`.
+# Replace this section with your own work. A new task type needs a `case` here and two models such
+# as SumParameters and SumSubmission. Alternatively, pass your own work and models to `create_app`.
 
 # `Execute` is the function that does the work. It calls `Report` with its progress in percent.
 Report: TypeAlias = Callable[[float], None]
@@ -285,9 +286,9 @@ async def execute(
 
     `parameters` are JSON that has been validated, and the work may change them. Raise
     TaskFailedError if the work cannot be done. If the task is cancelled or takes too long, the
-    current `await` raises CancelledError: clean up in a `finally`, and let the exception pass.
+    current `await` raises CancelledError: clean up in a `finally` and let the exception pass.
     Never block the event loop, because everything else would have to wait: call a blocking function
-    with `await asyncio.to_thread(function, ...)`. It must not call `report` in its thread.
+    with `await asyncio.to_thread(function, ...)`. It cannot be stopped and must not call `report`.
     """
     match task_type:
         case "compute_sum":
@@ -319,8 +320,8 @@ def scaled_execute(time_scale: float) -> Execute:
 
 # === Rate limiter =================================================================================
 # A sliding window: for each client, a deque holds the times at which its requests leave the window.
-# New times are appended on the right, old ones are removed on the left, and a deque is fast at both
-# ends. A counter that is reset every minute would be simpler, but wrong:
+# New times are appended on the right and old ones are removed on the left. A deque is fast at both
+# ends. A counter that is reset every minute would be simpler but wrong:
 #
 #     11:59:59  client: sends 10 requests, which count for the first minute
 #     12:00:00  limiter: resets the counter
@@ -328,7 +329,7 @@ def scaled_execute(time_scale: float) -> Execute:
 
 
 def now() -> float:
-    """Return the time of the event loop's clock, which cannot be set like the wall clock."""
+    """Return the time of the event loop's clock, which never jumps, unlike the wall clock."""
     return asyncio.get_running_loop().time()
 
 
@@ -339,12 +340,12 @@ class RateLimiter:
         self.limit = limit
         self.window = window
         self._leaving: dict[str, deque[float]] = {}
-        # Only one coroutine at a time can be inside `async with self._lock`. As written, no block
-        # waits, so each is atomic even without it. The lock becomes necessary as soon as there is
-        # an `await` between a check and its change, for example to a database. Otherwise:
+        # With a lock, only one coroutine at a time is inside `async with self._lock`. As written,
+        # no block waits, so each is atomic even without it. The lock is needed as soon as there is
+        # an `await` between a check and its change, for example of a store. Otherwise:
         #
-        #     request 1: counts 9 requests, awaits the database
-        #     request 2: counts 9 requests, awaits the database
+        #     request 1: counts 9 requests, awaits the store
+        #     request 2: counts 9 requests, awaits the store
         #     both:      add their own time                      <-- 11 requests are accepted
         self._lock = asyncio.Lock()
 
@@ -358,11 +359,11 @@ class RateLimiter:
             return True
 
     async def quota(self, client: str) -> tuple[int, int]:
-        """Return how many requests are left, and the seconds until there is one more."""
+        """Return how many requests are left, and the seconds until one more is allowed."""
         async with self._lock:
             times = self._prune(client)
             # Rounded up, because after a shorter wait the client would be refused again. The sum in
-            # `hit` can be rounded up as well, and `min` keeps that from becoming 61 s.
+            # `hit` is rounded too, so the difference can be slightly more than `window`.
             seconds = math.ceil(times[0] - now()) if times else 0
             return self.limit - len(times), min(seconds, self.window)
 
@@ -385,7 +386,7 @@ class RateLimiter:
 # If a free worker always took a high task first, a low task would never run while high tasks keep
 # coming: it would starve. So each task has a rank, which is the time of its submission plus a
 # handicap of 30 s (`priority_step`) for `normal` or 60 s for `low`. A free worker takes the task
-# with the lowest rank. So a task can only overtake a low one in the first 60 s:
+# with the lowest rank. A task can overtake a low one only if it is submitted within 60 s of it:
 #
 #     second 0   A is submitted, low:  rank 60
 #     second 59  B is submitted, high: rank 59, so it overtakes A
@@ -395,7 +396,7 @@ class RateLimiter:
 #
 #     client: submits 100 tasks and cancels all of them
 #     client: submits another task
-#     server: responds with 503, the queue is full     <-- but none of its tasks will ever run
+#     server: responds with 503, the queue is full     <-- although it holds only cancelled tasks
 
 LEVELS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
@@ -421,10 +422,10 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 
 
 # === Task manager =================================================================================
-# Requests, workers and the clean-up all change the same dicts. No lock is needed, because no change
-# contains an `await`.
+# Requests, workers and the clean-up all change the same dicts. No lock is needed, because there is
+# no `await` in the middle of a change.
 
-# Seconds that cancelled work gets to clean up, after a timeout or at the shutdown.
+# Seconds that cancelled work gets to clean up, after a timeout or at shutdown.
 GRACE = 5
 
 
@@ -447,29 +448,43 @@ def json_copy(value: Any) -> Any:
     try:
         if isinstance(value, BaseModel):
             value = value.model_dump(mode="json", by_alias=True, round_trip=True)
-        # Unlike `json.loads`, `from_json` refuses lone surrogates and deep nesting.
+        # `from_json` refuses lone surrogates and deep nesting, which could not be sent.
         return from_json(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidJsonError("The value has no JSON form.") from exc
 
 
 class TaskManager:
-    """Stores the tasks, and runs them inside `async with manager.working()`.
+    """Stores the tasks and runs them inside `async with manager.working()`.
 
-    Call its methods in the thread of the event loop, and do not change the tasks that they return.
+    Call its methods in the event loop's thread only, and do not change the tasks that they return.
     """
 
     def __init__(self, settings: Settings, execute: Execute) -> None:
         self._settings = settings
         self._execute = execute
-        # True from the start of the workers until a shutdown begins or a worker fails.
-        self._accepting = False
         # All tasks by id, in the order of their submission.
         self._tasks: dict[str, Task] = {}
-        # When to remove each final task, and its id, sorted because all have the same retention.
+        # The expiry time and the id of each final task, sorted because the retention is constant.
         self._expiring: deque[tuple[float, str]] = deque()
-        # The rest belongs to one run of the workers, and is made by `working`.
+        # True from the start of the workers until a shutdown begins or a worker fails.
+        self._accepting = False
         self._workers: list[asyncio.Task[None]] = []
+        self._reset()
+
+    def _reset(self) -> None:
+        """Drop everything that belongs to a run of the workers, except for finished tasks."""
+        finished = [task for task in self._tasks.values() if task["status"] in FINAL]
+        self._tasks = {task["task_id"]: task for task in finished}
+        self._queue = TaskQueue(self._settings.queue_size)
+        self._numbers = itertools.count()  # for the entries of the queue
+        self._busy = 0  # workers that are not waiting for a task
+        # The asyncio task that does the work of a task, until it has ended.
+        self._works: dict[str, asyncio.Task[Any]] = {}
+        # When a task got its present status. Final tasks are not in this dict.
+        self._since: dict[str, float] = {}
+        # The Event that the next change of a task sets. Only for tasks that clients wait for.
+        self._next_change: dict[str, asyncio.Event] = {}
 
     # --- What clients ask for ---------------------------------------------------------------------
 
@@ -509,9 +524,9 @@ class TaskManager:
 
         Return immediately if the status is final or the server is shutting down, and after
         `long_poll` seconds if it does not change. Each change has an Event of its own, which
-        `_set_status` takes out of the dict and sets. So no Event is cleared, and a later client
-        makes a new one for the next change. There is no `await` between reading the status and
-        registering the Event. Otherwise:
+        `_set_status` takes out of the dict and sets. An Event for all changes would have to be
+        cleared, but never before the last client has seen it. There is no `await` between reading
+        the status and registering the Event. Otherwise:
 
             client: reads "processing", awaits something
             worker: sets the status to "completed"; there is no Event to set
@@ -523,7 +538,7 @@ class TaskManager:
         next_change = self._next_change.setdefault(task_id, asyncio.Event())
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(next_change.wait(), self._settings.long_poll)
-        return task  # `get` could fail here, because the task may have expired in the meantime
+        return task  # not `self.get(task_id)`, because the task may have expired in the meantime
 
     def iterate(self, status: Status | None = None) -> Iterator[Task]:
         """Return an iterator over all tasks, or those with this status, the newest first.
@@ -535,7 +550,7 @@ class TaskManager:
             client: submits a task, which is added to the dict
             server: RuntimeError, dictionary changed size during iteration    <-- half a response
         """
-        ids = list(reversed(self._tasks))  # now, and not when the caller takes the first task
+        ids = list(reversed(self._tasks))  # not in the generator, which starts later
 
         def tasks() -> Iterator[Task]:
             for task_id in ids:
@@ -551,8 +566,7 @@ class TaskManager:
         task = self.get(task_id)
         if task["status"] in ("completed", "failed"):
             raise TaskFinishedError(task)
-        if task["status"] == "queued":
-            self._queue.remove(task_id)
+        self._queue.remove(task_id)  # if it is still there
         self._stop(task, "cancelled")  # changes nothing if the task is already cancelled
         return task
 
@@ -577,10 +591,14 @@ class TaskManager:
         """Change the status of a task and what depends on it, and wake the waiting clients.
 
         This is the only place where a status changes. If TRANSITIONS doesn't allow the change,
-        return False and change nothing. So a final status stays: `_stop` shows why that matters.
+        return False and change nothing, so a final status stays. Otherwise:
+
+            client: sends DELETE; the status is "cancelled"
+            work:   has just returned its result
+            worker: sets the status to "completed"              <-- a cancelled task completes
         """
         task_id = task["task_id"]
-        # A task that is not in `_since` is final, or a former run of the workers has left it.
+        # A task that is not in `_since` is final, or `_reset` has dropped it.
         if status not in TRANSITIONS[task["status"]] or task_id not in self._since:
             return False
         lasted = now() - self._since.pop(task_id)
@@ -609,14 +627,10 @@ class TaskManager:
         return True
 
     def _stop(self, task: Task, status: Status, error: TaskError | None = None) -> None:
-        """Stop a task: first change its status, then cancel its work.
+        """Make a task final now, without waiting for its work to end, and cancel the work.
 
-        The work is cancelled only once, by the call that changes the status, because another
-        CancelledError would interrupt its clean-up. The status changes first. Otherwise:
-
-            client: sends DELETE; the work is cancelled, the response says "cancelled"
-            work:   catches CancelledError and returns a result
-            worker: sets the status to "completed"              <-- the response was wrong
+        The work is cancelled only by the call that changes the status, because another
+        CancelledError would interrupt its clean-up.
         """
         if self._set_status(task, status, error=error) and task["task_id"] in self._works:
             self._works[task["task_id"]].cancel()
@@ -646,23 +660,12 @@ class TaskManager:
     async def working(self) -> AsyncIterator[None]:
         """Run the workers while the body of `async with` runs. After that, all tasks are final.
 
-        The manager can be used again, also in another event loop. It keeps its finished tasks.
+        The manager can be used again, even in another event loop.
         """
-        # A former run has stopped its workers, unless a KeyboardInterrupt has stopped its event loop.
-        finished = [task for task in self._tasks.values() if task["status"] in FINAL]
-        self._tasks = {task["task_id"]: task for task in finished}
-        with suppress(RuntimeError):  # if that event loop is closed, its workers cannot go on
+        self._reset()
+        # The previous workers have ended, unless a KeyboardInterrupt has stopped their event loop.
+        with suppress(RuntimeError):  # that event loop is closed, so they cannot go on
             self._stop_all(self._workers)
-
-        self._queue = TaskQueue(self._settings.queue_size)
-        self._numbers = itertools.count()  # of the entries
-        self._busy = 0  # workers that are not waiting for a task
-        # By task id: the asyncio tasks that do the work, until they have ended; when each task that
-        # is not final got its status; an Event for the next change of a task that clients wait for.
-        self._works: dict[str, asyncio.Task[Any]] = {}
-        self._since: dict[str, float] = {}
-        self._next_change: dict[str, asyncio.Event] = {}
-
         workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
         self._workers = workers
         self._accepting = True
@@ -671,24 +674,25 @@ class TaskManager:
             yield
         finally:
             self._stop_all(workers)
-            # Work that ignores its cancellation for GRACE seconds is left behind.
+            # Work that takes longer than GRACE seconds to end is left behind.
             await asyncio.wait([supervisor, *workers, *self._works.values()], timeout=GRACE)
 
     async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
         """Stop all workers if one of them ends before `working` stops them."""
         try:
-            # Workers never return. If one of them fails, `gather` raises its exception. Restarting
-            # it could hide a bug in this class, so all of them stop, and clients get a 503.
+            # Workers never return. If a bug in this class ends one of them, `gather` raises its
+            # exception and leaves the others running. To restart it would hide the bug, so all of
+            # them stop. POST and /health respond with 503.
             await asyncio.gather(*workers)
         except Exception as exc:
             log.critical("a worker failed, so all workers stop", exc_info=exc)
         finally:
-            self._stop_all(workers)  # the second call, if `working` has stopped them
+            self._stop_all(workers)  # changes nothing if `working` has called it before
 
     def _stop_all(self, workers: list[asyncio.Task[None]]) -> None:
-        """Make all tasks final, and cancel the work and the workers. A second call is harmless."""
+        """Make all tasks final, and cancel their work and the workers."""
         if workers is not self._workers:
-            return  # the manager is already used again, and the tasks are those of the new run
+            return  # `working` has been entered again, and the tasks are those of the new run
         self._accepting = False
         for task in self._tasks.values():
             self._stop(task, "cancelled")
@@ -699,8 +703,9 @@ class TaskManager:
         """Run one task after the other, until cancelled.
 
         A worker goes on, whatever the work does. The work is an asyncio task of its own, and
-        `asyncio.wait` leaves its exceptions to `_finish`. So a CancelledError can only mean that
-        the worker itself is cancelled. Otherwise:
+        `asyncio.wait` leaves its exceptions to `_finish`. So a CancelledError always means that
+        the worker itself is cancelled. `await work` would raise one for cancelled work, too. If the
+        worker did not catch it, a DELETE would end the worker. Otherwise:
 
             client: sends DELETE, which cancels the work
             worker: `await work` raises CancelledError; the worker catches it and goes on
@@ -717,9 +722,9 @@ class TaskManager:
             task = self._tasks[entry.task_id]
             self._set_status(task, "processing")
             work = asyncio.create_task(self._work(task))
-            # asyncio itself holds only a weak reference to `work`, so it needs this one too.
+            # The dict keeps abandoned work alive, because asyncio has only weak references to it.
             self._works[entry.task_id] = work
-            # A callback, because abandoned work ends when its worker has already gone on.
+            # A callback, because abandoned work ends after its worker has gone on.
             work.add_done_callback(partial(self._finish, task))
 
             await asyncio.wait({work}, timeout=self._settings.task_timeout)
@@ -740,21 +745,21 @@ class TaskManager:
             raise RuntimeError("the work has called sys.exit()") from exc
 
     def _report(self, task: Task, percent: float) -> None:
-        """Increase the progress, to 99 at most. Ignore late reports, and all but percentages."""
+        """Increase the progress, to 99 at most. Ignore late reports and values such as NaN or 250."""
         if task["status"] == "processing" and task["progress"] < percent <= 100:
             task["progress"] = int(min(percent, 99))
 
     def _finish(self, task: Task, work: asyncio.Task[Any]) -> None:
-        """Store how the work of a task ended. The event loop calls this when it has ended."""
-        self._works.pop(task["task_id"], None)  # it is not there if a former run has abandoned it
+        """Store the result or the error of work that has ended."""
+        self._works.pop(task["task_id"], None)  # `None`, because `_reset` may have dropped it
         if work.cancelled() and task["task_id"] not in self._since:
-            return  # `_stop` has changed the status and cancelled the work
+            return  # cancelled by `_stop`; any other cancellation is a bug, and `result` raises it
         try:
             result = json_copy(work.result())
         except BaseException as exc:  # work can raise anything
             error = describe_failure(exc)
             self._set_status(task, "failed", error=error)
-            # A group is always logged, because it can contain a bug beside a TaskFailedError.
+            # A group is always logged, because it can contain a bug in addition to the failure.
             if not isinstance(exc, TaskFailedError) or error is INTERNAL_ERROR:
                 log.error("%s raised an unexpected exception", label(task), exc_info=exc)
         else:
@@ -780,8 +785,8 @@ def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task
 
 
 # === Models =======================================================================================
-# Here the HTTP API begins (asyncio comes back in "Middleware"). The models decide what clients can
-# send. Unknown fields are an error, because a misspelt `priority` must not be ignored.
+# Here the HTTP API begins. (No asyncio before "Middleware".) The models decide what clients can send.
+# Unknown fields are an error, because a misspelt `priority` must not be ignored.
 
 
 def check(value: Any) -> Any:
@@ -792,8 +797,8 @@ def check(value: Any) -> Any:
     raise PydanticCustomError("number", "Input should be a number from -1e300 to 1e300")
 
 
-# At most 1e300, so that the sum of 1,000 numbers is finite. Pydantic's own `int | float` would
-# report two errors for a wrong value, one for each type, and write 1e300 with 301 digits in them.
+# At most 1e300, so that the sum of 1,000 numbers is finite. With pydantic's own checks, a wrong value
+# would have two errors, one for each type, and the messages would spell out the bounds.
 Bounded: TypeAlias = Annotated[float, Field(ge=-1e300, le=1e300)]  # only for /docs
 Number: TypeAlias = Annotated[int | float, PlainValidator(check, json_schema_input_type=Bounded)]
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
@@ -802,9 +807,9 @@ Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 class StrictModel(BaseModel, extra="forbid"):
     """A model that refuses unknown fields.
 
-    Fields can have an `alias`, and every type that pydantic converts to JSON and back, for example
-    `datetime`. The work gets the JSON. `validation_alias`, `serialization_alias`, and types that
-    hide their value or have no JSON form, such as `SecretStr`, are not supported.
+    Fields can have an `alias` and every type that pydantic converts to JSON and back, for example
+    `datetime`. The work gets the JSON. Not supported: `validation_alias`, `serialization_alias`,
+    and types that hide their value or have no JSON form, such as `SecretStr`.
     """
 
 
@@ -822,7 +827,7 @@ class FailureParameters(StrictModel):
 
 
 class BaseSubmission(StrictModel):
-    """What a client submits. Each subclass is a task type. Its `example` is shown in /docs."""
+    """What a client submits. Each subclass describes a task type, with an example for /docs."""
 
     example: ClassVar[dict[str, Any]]
     priority: Priority = "normal"
@@ -852,8 +857,7 @@ class FailureSubmission(BaseSubmission):
     parameters: FailureParameters = FailureParameters()
 
 
-Submissions: TypeAlias = tuple[type[BaseSubmission], ...]
-SUBMISSIONS: Submissions = (SumSubmission, ReportSubmission, FailureSubmission)
+SUBMISSIONS = (SumSubmission, ReportSubmission, FailureSubmission)
 
 
 class PollQuery(StrictModel):
@@ -874,15 +878,14 @@ class Accepted(TypedDict):
 
 PROBLEM_JSON = "application/problem+json"
 INVALID = "The request is invalid."
-ESCAPES = str.maketrans({"~": "~0", "/": "~1"})  # of a JSON pointer (RFC 6901)
+ESCAPES = str.maketrans({"~": "~0", "/": "~1"})  # for JSON pointers (RFC 6901)
 NO_STORE = {"Cache-Control": "no-store"}  # because the status of a task can change at any time
 
 
 def problem(status: int, detail: str, headers: Any = None, **members: Any) -> Response:
     """Return an error response. `members` are the optional members of `Problem`."""
     title = http.client.responses.get(status, "Error")
-    content = {"type": "about:blank", "title": title, "status": status, "detail": detail}
-    content |= members
+    content = {"type": "about:blank", "title": title, "status": status, "detail": detail, **members}
     return JSONResponse(content, status, NO_STORE | dict(headers or {}), media_type=PROBLEM_JSON)
 
 
@@ -911,7 +914,7 @@ class Problem(BaseModel, json_schema_extra={"example": EXAMPLE}):
 
 
 def invalid_item(error: Mapping[str, Any], body: Any) -> dict[str, str]:
-    """Convert an error of pydantic, without its `input`, which repeats what the client has sent."""
+    """Convert a pydantic error, without its `input`, which repeats what the client has sent."""
     match error["type"], error["loc"]:
         case "json_invalid", ("body", int(position)):
             detail = f"Malformed JSON at character {position}: {error['ctx']['error']}"
@@ -928,25 +931,25 @@ def invalid_item(error: Mapping[str, Any], body: Any) -> dict[str, str]:
 
 
 def pointer(error: Mapping[str, Any], body: Any) -> str:
-    """Return a JSON pointer to what an error of pydantic is about, or the name of a parameter."""
+    """Return a JSON pointer to what a pydantic error is about, or the name of a parameter."""
     source, *path = error["loc"]
     if source != "body":
         return str(error["loc"][-1])
-    # In the body, `path` is for example ["compute_sum", "parameters", "numbers", 1]. It names the
-    # chosen member of each union, here the task type, which is not a key of the body.
+    # In the body, `path` is for example ["compute_sum", "parameters", "numbers", 1]. It also names
+    # the chosen member of each union, here the task type, which is not a key in the body.
     keys = []
     for key in path:
         with suppress(LookupError, TypeError):
             body = body[key]
             keys.append(key)
     if error["type"] == "missing":
-        keys += path[-1:]  # this is not in the body either
+        keys += path[-1:]  # the missing key
     if "discriminator" in error.get("ctx", {}):
-        keys.append(error["ctx"]["discriminator"].strip("'"))
+        keys.append(error["ctx"]["discriminator"].strip("'"))  # pydantic puts it in quotes
     return "".join("/" + str(key).translate(ESCAPES) for key in keys)
 
 
-# `async`, because FastAPI would call a plain function in a thread, where fact 1 does not hold.
+# `async`, because FastAPI would call a plain function in a thread, where a task can change any time.
 async def handle_error(_: Request, exc: Exception) -> Response:
     """Return the response for an exception that a route has raised."""
     match exc:
@@ -962,64 +965,63 @@ async def handle_error(_: Request, exc: Exception) -> Response:
         case TaskFinishedError():
             return problem(409, str(exc), task=exc.task)
         case UnavailableError():
-            return problem(503, str(exc), {"Retry-After": "10"})  # seconds, a guess
+            return problem(503, str(exc), {"Retry-After": "10"})  # seconds, arbitrary
         case _:
             return problem(500, "The server failed.")  # the server logs the exception
 
 
 # === Middleware ===================================================================================
 # An ASGI middleware is called with a description of the request (the scope), a function that
-# receives the body, and a function that sends the response. It calls the next application with
-# these or with its own. The rate limit is one, because a dependency of FastAPI comes too late:
+# receives the body in parts, and a function that sends the response. It calls the next application
+# with these or with its own. The rate limit cannot be a FastAPI dependency:
 #
 #     client:  sends POST /tasks with a malformed body
 #     FastAPI: reads and parses the body, responds with 400
 #     FastAPI: does not call the dependency                <-- malformed requests are not counted
 #
 # The middleware that is added last is called first. So if you add CORSMiddleware to the app, it
-# goes around these two: preflight requests are not counted, and a browser can read a 429.
+# wraps these two: preflight requests are not counted, and a browser can read a 429.
 
 FREE_PATHS = ("/", "/docs", "/redoc", "/openapi.json", "/health", "/favicon.ico")  # not limited
 
 
 class RateLimitMiddleware:
-    """Limits the requests of each client, and tells it how many are left."""
+    """Limits each client's requests. The headers: draft-ietf-httpapi-ratelimit-headers."""
 
     def __init__(self, app: ASGIApp, limiter: RateLimiter) -> None:
-        self._app = app
-        self._limiter = limiter
-        # The format is that of draft-ietf-httpapi-ratelimit-headers.
-        self._policy = f'"default";q={limiter.limit};w={limiter.window}'
+        self.app = app
+        self.limiter = limiter
+        self.policy = f'"default";q={limiter.limit};w={limiter.window}'
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # The path begins with the prefix under which a proxy or a mount serves this app.
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or path in FREE_PATHS:
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
 
-        # The address of the peer, because every client can send X-Forwarded-For. For a proxy that
-        # it trusts, uvicorn has already replaced the address by the one in that header.
+        # The address of the peer, because every client can send X-Forwarded-For. If the peer is a
+        # proxy that uvicorn trusts, uvicorn has already taken the address from that header.
         host, _ = scope.get("client") or ("", 0)
         client = client_key(host)
 
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Asked now, because the quota may have changed while a long poll was waiting.
-                left, seconds = await self._limiter.quota(client)
+                # Asked only now, because the quota may have changed while a long poll was waiting.
+                left, seconds = await self.limiter.quota(client)
                 message.setdefault("headers", [])  # ASGI allows a response without headers
                 headers = MutableHeaders(scope=message)
-                headers["RateLimit-Policy"] = self._policy
+                headers["RateLimit-Policy"] = self.policy
                 headers["RateLimit"] = f'"default";r={left};t={seconds}'
                 headers.setdefault("Cache-Control", "no-store")
             await send(message)
 
-        if await self._limiter.hit(client):
-            await self._app(scope, receive, send_with_headers)
+        if await self.limiter.hit(client):
+            await self.app(scope, receive, send_with_headers)
             return
 
         # The body of a refused request is never read.
-        _, seconds = await self._limiter.quota(client)
+        _, seconds = await self.limiter.quota(client)
         seconds = max(1, seconds)  # 0 if a request has left the window since `hit`
         refusal = problem(429, f"Try again in {seconds} s.", {"Retry-After": str(seconds)})
         await refusal(scope, receive, send_with_headers)
@@ -1043,28 +1045,28 @@ class BodyLimitMiddleware:
     """Refuses bodies that are too large, because FastAPI reads a whole body into memory."""
 
     def __init__(self, app: ASGIApp, max_body: int) -> None:
-        self._app = app
-        self._max_body = max_body
+        self.app = app
+        self.max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # No route reads the body of a GET, but the list receives it while it waits for a disconnect.
-        # An exception would break off the list.
+        # No route reads the body of a GET. StreamingResponse can receive it while it waits for a
+        # disconnect, and an exception would break off the list.
         if scope["type"] != "http" or scope["method"] == "GET":
-            await self._app(scope, receive, send)
+            await self.app(scope, receive, send)
             return
         size = 0
 
         async def limited_receive() -> Message:
-            # The bytes are counted, because a chunked body has no Content-Length. FastAPI passes an
-            # HTTPException on, but would respond to any other exception with 400.
+            # The bytes are counted, because a chunked body has no Content-Length. HTTPException,
+            # because FastAPI responds to any other exception here with 400.
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self._max_body:
-                raise HTTPException(413, f"The body is larger than {self._max_body} bytes.")
+            if size > self.max_body:
+                raise HTTPException(413, f"The body is larger than {self.max_body} bytes.")
             return message
 
-        await self._app(scope, limited_receive, send)
+        await self.app(scope, limited_receive, send)
 
 
 # === App ==========================================================================================
@@ -1085,11 +1087,11 @@ async def stream_tasks(tasks: Iterator[Task], limit: int | None) -> AsyncIterato
         chunk += to_json(task)
         if number == limit:
             break
-        # Send 100 tasks at a time: one is slow, and converting all at once blocks the event loop.
+        # Sending each task alone would be slow. Converting all at once would block the event loop.
         if number % 100 == 0:
             yield bytes(chunk)
             chunk.clear()
-            # Lets others run. The `yield` alone may not: sending waits only for a slow client.
+            # Let others run. The `yield` alone may not, because only a slow client makes it wait.
             await asyncio.sleep(0)
     yield bytes(chunk) + b"\n]\n"
 
@@ -1099,7 +1101,7 @@ def prefix(request: Request) -> str:
     return quote(request.scope.get("root_path", "").rstrip("/"))
 
 
-def add_routes(app: FastAPI, manager: TaskManager, submissions: Submissions) -> None:
+def add_routes(app: FastAPI, manager: TaskManager, submissions: tuple[Any, ...]) -> None:
     """Add the routes to an app. Each of them converts a request into a call of the manager."""
 
     async def submit_task(submission: Any, request: Request, response: Response) -> Accepted:
@@ -1108,8 +1110,8 @@ def add_routes(app: FastAPI, manager: TaskManager, submissions: Submissions) -> 
         response.headers["Location"] = f"{prefix(request)}/tasks/{task['task_id']}"
         return {"task_id": task["task_id"], "status": "queued"}
 
-    # FastAPI reads the annotations when the route is added. So the type of the body can be known
-    # only now: one of the submissions, which `task_type` selects.
+    # The type of the body depends on `submissions`, so it cannot be written in the signature.
+    # FastAPI reads it when the route is added.
     examples: Any = {model.example["task_type"]: {"value": model.example} for model in submissions}
     body = Body(discriminator="task_type", openapi_examples=examples)
     submit_task.__annotations__["submission"] = Annotated[Union[submissions], body]  # noqa: UP007
@@ -1123,9 +1125,7 @@ def add_routes(app: FastAPI, manager: TaskManager, submissions: Submissions) -> 
 
     @app.get("/tasks/{task_id}", response_description="The task.")
     async def get_task(task_id: UUID, query: Annotated[PollQuery, Query()]) -> Task:
-        """Return a task. With `wait=true`, return it when its status changes, or unchanged after
-        the time that the server is configured for (10 s by default).
-        """
+        """Return a task. With `wait=true`, wait for its status to change, by default up to 10 s."""
         if query.wait:
             return await manager.wait(str(task_id))
         return manager.get(str(task_id))
@@ -1153,8 +1153,8 @@ async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) 
         try:
             manager.expire()
             await limiter.sweep()
-        except Exception:  # lets the CancelledError of the shutdown pass
-            # Otherwise the first exception would end the timer, and memory would fill up slowly.
+        except Exception:  # CancelledError is not an Exception, so a shutdown ends the timer
+            # Otherwise the first exception would end it, and memory would fill up slowly.
             log.exception("the clean-up failed")
 
 
@@ -1177,15 +1177,14 @@ def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
     uvicorn has its own handlers, which `loop.add_signal_handler` would replace.
     """
     former = signal.getsignal(signum)
-    # Only the main thread can set a handler. SIG_DFL and SIG_IGN cannot be called, so a signal with
-    # one of them keeps its effect.
+    # Only the main thread can set a handler. SIG_DFL and SIG_IGN cannot be called: leave them alone.
     if threading.current_thread() is not threading.main_thread() or not callable(former):
         yield
         return
     loop = asyncio.get_running_loop()
 
     def handle(*args: Any) -> None:
-        # A signal can come in the middle of anything, so only schedule the callback (fact 1).
+        # A signal can arrive in the middle of anything, so only schedule the callback (fact 1).
         with suppress(RuntimeError):  # the event loop is closed, but the process goes on
             loop.call_soon_threadsafe(callback)
         former(*args)
@@ -1202,12 +1201,12 @@ def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
 def create_app(
     settings: Settings | None = None,
     execute: Execute | None = None,
-    submissions: Submissions = SUBMISSIONS,
+    submissions: tuple[type[BaseSubmission], ...] = SUBMISSIONS,
 ) -> FastAPI:
     """Return a new app. The defaults are the settings from the environment, and the work above.
 
-    For task types of your own, pass subclasses of BaseSubmission, and an `execute` for them. The
-    one above would fail with an internal error. `app.state.manager` is the manager.
+    For task types of your own, pass subclasses of BaseSubmission and an `execute` that knows them,
+    because the one above fails with an internal error. `app.state.manager` is the manager.
     """
     settings = settings or read_settings()
     manager = TaskManager(settings, execute or scaled_execute(settings.time_scale))
@@ -1222,8 +1221,8 @@ def create_app(
             # A shutdown has three steps. Without the first one, a long poll would delay the second
             # one by up to `long_poll` seconds:
             #
-            # 1. Our signal handler schedules `stop_waiting`, then calls the handler of uvicorn.
-            # 2. uvicorn waits until all responses have been sent, then ends this lifespan.
+            # 1. Our signal handler schedules `stop_waiting`, then calls uvicorn's handler.
+            # 2. uvicorn waits for the open responses, then ends this lifespan.
             # 3. The contexts above end in reverse order: the timer, then the tasks and workers.
             stop = manager.stop_waiting
             with before_handler(signal.SIGINT, stop), before_handler(signal.SIGTERM, stop):
@@ -1235,7 +1234,7 @@ def create_app(
         lifespan=lifespan,
         responses={"default": DEFAULT_RESPONSE},
         generate_unique_id_function=lambda route: route.name,  # `get_task` in generated clients
-        redirect_slashes=False,  # FastAPI would redirect to the host that the client has named
+        redirect_slashes=False,  # a redirect would repeat the client's Host header
     )
     app.state.manager = manager
     for exception in (RequestValidationError, HTTPException, ManagerError, Exception):
