@@ -2,7 +2,7 @@
 
 Clients submit tasks over HTTP, poll or long-poll their status, list them and cancel them. Each
 client can send 10 requests a minute. Five workers take the tasks from a priority queue in memory. A
-task that takes longer than 60 s fails. All of these numbers are settings.
+task that is still running after 60 s fails. All of these numbers are settings.
 
 To run it: `uvicorn main:app --reload`, then open http://127.0.0.1:8000/docs.
 
@@ -10,25 +10,25 @@ To run it: `uvicorn main:app --reload`, then open http://127.0.0.1:8000/docs.
        |             |
        +-------------+----------> cancelled
 
-Read the file from top to bottom. The first half is the engine, which is plain asyncio. The second
-half, from "Models" on, is the HTTP API around it. A task passes through these functions:
+Read the file from top to bottom. Everything before "Models" is the engine, which knows nothing of
+HTTP. The rest is the HTTP API around it. A task passes through these functions:
 
-    submit_task     the route: validates the request
+    submit_task     the route, which is called with a validated request
     submit          stores the task and puts it into the queue
     _worker         takes it from the queue and starts its work
     execute         does the work
     _finish         stores the result, or the reason why the work failed
-    _set_status     called at each step: changes the status, and wakes the clients in `wait`
+    _set_status     called for each change of the status: wakes the clients in `wait`
 
-A *task* is a dict whose `status` moves along the arrows above. Its *work* is the coroutine that
-computes its result. An *asyncio task* is what `asyncio.create_task` returns. Some comments show what
-would happen without a precaution, and `<--` marks the step that goes wrong.
+A *task* is a dict whose `status` moves along the arrows above. An *asyncio task* is what
+`asyncio.create_task` returns. The *work* of a task is the asyncio task that computes its result.
+Some comments show what would happen without a precaution, and `<--` marks the step that goes wrong.
 
 FOUR FACTS ABOUT ASYNCIO
 
 1.  **Code between two awaits is atomic.** The event loop runs all coroutines in one thread. It can
     switch from one to another only where the current one waits: at an `await`, an `async with` or
-    an `async for`. At a `yield`, a generator is suspended, and its caller can wait.
+    an `async for`. A `yield` counts as well, because the caller can wait before it goes on.
 
         if len(tasks) < 100:        # These two lines cannot be interrupted,
             tasks.append(task)      # so there are never more than 100 tasks. No lock is needed.
@@ -38,19 +38,19 @@ FOUR FACTS ABOUT ASYNCIO
             tasks.append(task)      # <-- There can be 101 tasks now.
 
     `await f()` switches only if something inside `f` waits. Otherwise it is like a function call.
-    Signal handlers and other threads can run at any time, so they hand their changes over to the
-    event loop, with `call_soon_threadsafe`.
+    Handlers of `signal.signal` and other threads can run at any time, so they hand their changes
+    over to the event loop, with `call_soon_threadsafe`.
 
 2.  **There are several ways to wait for asyncio tasks.** `await asyncio_task` returns its result or
     raises its exception. `await asyncio.gather(...)` does this for several: it raises the first
     exception, and the others go on. `await asyncio.wait(...)` raises none of their exceptions.
 
 3.  **Cancellation is a request.** `asyncio_task.cancel()` returns immediately. Soon after, the event
-    loop raises `asyncio.CancelledError` at the `await` where that asyncio task is suspended. If it
-    awaits another asyncio task, directly or through `gather`, the request goes to that one first,
-    which can ignore it. `asyncio.wait` does not pass it on. An asyncio task that is cancelled
-    before it starts runs none of its code. Code that has to clean up does so in a `finally`. Code
-    that catches CancelledError should raise it again, because otherwise the asyncio task goes on.
+    loop raises `asyncio.CancelledError` at the `await` where that asyncio task is suspended. An
+    asyncio task that is cancelled before it starts runs none of its code. Code cleans up in a
+    `finally`. Code that catches CancelledError should raise it again, because otherwise it goes on.
+    If asyncio task A awaits B, directly or through `gather`, B is cancelled first. If B ignores
+    that, a direct `await` just returns B's result to A. With `asyncio.wait`, only A is cancelled.
 
 4.  **An `asyncio.Event` wakes all its waiters.** `await event.wait()` suspends a coroutine until
     another one calls `event.set()`. After that, `wait` returns immediately, until `event.clear()`.
@@ -59,9 +59,9 @@ WHAT THIS FILE DOES NOT DO
 
 Tasks are lost when the process restarts. There can be only one process, because a second one would
 have its own tasks. There are no users: every client can see and cancel every task. A shutdown does
-not wait for tasks to complete. Work that ignores its cancellation keeps its worker until 5 s after
-its timeout, and work that blocks the event loop or a thread cannot be stopped at all. README.md
-names systems without these limits and says which parts of this file they replace.
+not wait for tasks to complete. Work that blocks the event loop or a thread cannot be stopped. Work
+that ignores its cancellation keeps its worker until 5 s after its timeout and, after Ctrl-C, the
+process. README.md names systems without these limits and the parts of this file that they replace.
 """
 
 import asyncio
@@ -98,7 +98,7 @@ from typing_extensions import TypedDict  # pydantic needs this TypedDict before 
 
 
 class TaskLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # not generic in Python 3.10
-    """A logger that raises nothing, because a logging filter must not change what happens to a task."""
+    """A logger that raises nothing. A filter's exception would otherwise interrupt a task."""
 
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log a message, or drop it if a filter raises anything. `info` and `error` call this."""
@@ -111,8 +111,8 @@ log = TaskLog(logging.getLogger("uvicorn.error.tasks"))
 
 
 # === Types ========================================================================================
-# At run time, a task is a plain dict. The TypedDicts are for type checkers and for /docs, which shows
-# their docstrings to clients.
+# At run time, a task is a plain dict. The TypedDicts are for type checkers and for FastAPI, which
+# checks responses against them and shows their docstrings in /docs.
 
 Status: TypeAlias = Literal["queued", "processing", "completed", "failed", "cancelled"]
 Priority: TypeAlias = Literal["high", "normal", "low"]
@@ -145,8 +145,8 @@ class TaskError(TypedDict):
 class Task(TypedDict):
     """A task. It has the same fields in every state. Fields that have no value yet are null.
 
-    `status` is `queued`, then `processing`, then `completed` or `failed`. A task that is cancelled
-    before that is `cancelled`. `progress` is a percentage, and 100 only if the task is completed.
+    `status` is `queued`, then `processing`, then `completed` or `failed`. A queued or processing
+    task can become `cancelled`. `progress` is a percentage, 100 only if the task is completed.
     `result` is set if it is completed, and `error` if it has failed. All times are in UTC
     (RFC 3339). A finished task can be read until `expires_at`.
     """
@@ -176,7 +176,7 @@ class Health(TypedDict):
 
 # === Settings =====================================================================================
 
-# A billion seconds are about 32 years. Added to a date, they cannot overflow it.
+# The upper bound is about 32 years in seconds. Added to a date, it cannot overflow.
 WholeNumber: TypeAlias = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Seconds: TypeAlias = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
 NonNegative: TypeAlias = Annotated[float, Field(ge=0, le=1_000_000_000)]
@@ -194,7 +194,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     retention: Seconds = 600  # seconds that a finished task can be read
     cleanup_interval: Seconds = 30  # seconds between two runs of the clean-up
     task_timeout: Seconds = 60  # seconds that the work of a task can take
-    priority_step: NonNegative = 30  # seconds of waiting that a level of priority is worth
+    priority_step: NonNegative = 30  # seconds of waiting that make up for a level of priority
     max_body: WholeNumber = 65_536  # bytes in the body of a request
     time_scale: NonNegative = 1  # multiplies the duration of the simulated work
 
@@ -212,7 +212,7 @@ def read_settings() -> Settings:
     except ValidationError as exc:
         for error in exc.errors():
             print(f"TASKS_{str(error['loc'][0]).upper()}: {error['msg']}", file=sys.stderr)
-        raise SystemExit(3) from None  # uvicorn and gunicorn do not start it again
+        raise SystemExit(3) from None  # uvicorn and gunicorn do not retry after a 3
 
 
 # === Errors =======================================================================================
@@ -241,7 +241,7 @@ class TaskFinishedError(ManagerError):
 
 
 class UnavailableError(ManagerError):
-    """The task cannot be accepted, because there is no room or no worker (503)."""
+    """The task cannot be accepted: there are too many, or no workers are running (503)."""
 
 
 class TaskFailedError(Exception):
@@ -258,7 +258,7 @@ def describe_failure(exc: BaseException) -> TaskError:
         match exc:
             case TaskFailedError():
                 return {"code": "task_failed", "message": printable(exc)}
-            # An exception group, as asyncio.TaskGroup raises it. Its first exception is the cause.
+            # An exception group, as asyncio.TaskGroup raises it. Tell clients about its first one.
             case BaseException(exceptions=[first, *_]):  # type: ignore[misc]  # new in Python 3.11
                 return describe_failure(first)
     # The text of any other exception can contain secrets. Only the log shows it.
@@ -271,10 +271,10 @@ def printable(text: object, length: int | None = None) -> str:
 
 
 # === Work =========================================================================================
-# Replace this section with your own work. A new task type needs a `case` here and two models such
-# as SumParameters and SumSubmission. Alternatively, pass your own work and models to `create_app`.
+# Replace this section with your own work. A new task type needs a `case` here, two models such as
+# SumParameters and SumSubmission, and a place in SUBMISSIONS. Or pass your own to `create_app`.
 
-# `Execute` is the function that does the work. It calls `Report` with its progress in percent.
+# The types of the function that does the work, and of the one that it calls with its progress in %.
 Report: TypeAlias = Callable[[float], None]
 Execute: TypeAlias = Callable[[str, Parameters, Report], Awaitable[Any]]
 
@@ -314,7 +314,7 @@ async def simulate(seconds: float, report: Report) -> None:
 
 
 def scaled_execute(time_scale: float) -> Execute:
-    """Return an `execute` that takes three arguments, with the time scale of the settings."""
+    """Return `execute` with a time scale, so that it takes three arguments like other work."""
     return partial(execute, time_scale=time_scale)
 
 
@@ -342,10 +342,10 @@ class RateLimiter:
         self._leaving: dict[str, deque[float]] = {}
         # With a lock, only one coroutine at a time is inside `async with self._lock`. As written,
         # no block waits, so each is atomic even without it. The lock is needed as soon as there is
-        # an `await` between a check and its change, for example of a store. Otherwise:
+        # an `await` between a check and its change, for example a call of a database. Otherwise:
         #
-        #     request 1: counts 9 requests, awaits the store
-        #     request 2: counts 9 requests, awaits the store
+        #     request 1: counts 9 requests, awaits the database
+        #     request 2: counts 9 requests, awaits the database
         #     both:      add their own time                      <-- 11 requests are accepted
         self._lock = asyncio.Lock()
 
@@ -362,8 +362,8 @@ class RateLimiter:
         """Return how many requests are left, and the seconds until one more is allowed."""
         async with self._lock:
             times = self._prune(client)
-            # Rounded up, because after a shorter wait the client would be refused again. The sum in
-            # `hit` is rounded too, so the difference can be slightly more than `window`.
+            # Rounded up, because after a shorter wait the client would be refused again. `min`,
+            # because float addition is inexact: the difference can be a little over `window`.
             seconds = math.ceil(times[0] - now()) if times else 0
             return self.limit - len(times), min(seconds, self.window)
 
@@ -394,9 +394,9 @@ class RateLimiter:
 #
 # A cancelled task is removed from the queue immediately. Otherwise:
 #
-#     client: submits 100 tasks and cancels all of them
-#     client: submits another task
-#     server: responds with 503, the queue is full     <-- although it holds only cancelled tasks
+#     clients: submit 100 tasks and cancel all of them
+#     client:  submits another task
+#     server:  responds with 503, the queue is full    <-- although it holds only cancelled tasks
 
 LEVELS: Mapping[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
@@ -414,7 +414,7 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 
     def remove(self, task_id: str) -> None:
         """Remove the entry of a task."""
-        # asyncio.PriorityQueue has no such method. There is no `await` here, so this is atomic.
+        # asyncio.PriorityQueue has no public method for this. Without an `await`, it is atomic.
         entries = [self.get_nowait() for _ in range(self.qsize())]
         for entry in entries:
             if entry.task_id != task_id:
@@ -446,9 +446,10 @@ def json_copy(value: Any) -> Any:
     a task does not change when the work or the caller of `submit` changes the original.
     """
     try:
+        # `by_alias` and `round_trip`, because work can make the model from the JSON again.
         if isinstance(value, BaseModel):
             value = value.model_dump(mode="json", by_alias=True, round_trip=True)
-        # `from_json` refuses lone surrogates and deep nesting, which could not be sent.
+        # `from_json` is stricter than the encoder of responses: no surrogates, no deep nesting.
         return from_json(json.dumps(value, allow_nan=False))
     except (TypeError, ValueError, RecursionError) as exc:
         raise InvalidJsonError("The value has no JSON form.") from exc
@@ -483,7 +484,7 @@ class TaskManager:
         self._works: dict[str, asyncio.Task[Any]] = {}
         # When a task got its present status. Final tasks are not in this dict.
         self._since: dict[str, float] = {}
-        # The Event that the next change of a task sets. Only for tasks that clients wait for.
+        # The Event that the next change of a task sets, if a client has waited for it.
         self._next_change: dict[str, asyncio.Event] = {}
 
     # --- What clients ask for ---------------------------------------------------------------------
@@ -524,12 +525,12 @@ class TaskManager:
 
         Return immediately if the status is final or the server is shutting down, and after
         `long_poll` seconds if it does not change. Each change has an Event of its own, which
-        `_set_status` takes out of the dict and sets. An Event for all changes would have to be
-        cleared, but never before the last client has seen it. There is no `await` between reading
-        the status and registering the Event. Otherwise:
+        `_set_status` takes out of the dict and sets. So it is never cleared, and the next client
+        makes a new one for the next change. There is no `await` between reading the status and
+        registering the Event. Otherwise:
 
             client: reads "processing", awaits something
-            worker: sets the status to "completed"; there is no Event to set
+            work:   ends; `_set_status` finds no Event to set
             client: registers an Event and waits for it         <-- although the task has finished
         """
         task = self.get(task_id)
@@ -550,7 +551,7 @@ class TaskManager:
             client: submits a task, which is added to the dict
             server: RuntimeError, dictionary changed size during iteration    <-- half a response
         """
-        ids = list(reversed(self._tasks))  # not in the generator, which starts later
+        ids = list(reversed(self._tasks))  # now, before later submissions
 
         def tasks() -> Iterator[Task]:
             for task_id in ids:
@@ -593,9 +594,9 @@ class TaskManager:
         This is the only place where a status changes. If TRANSITIONS doesn't allow the change,
         return False and change nothing, so a final status stays. Otherwise:
 
-            client: sends DELETE; the status is "cancelled"
-            work:   has just returned its result
-            worker: sets the status to "completed"              <-- a cancelled task completes
+            work:   returns its result; the event loop will call `_finish` soon
+            client: sends DELETE; the response says "cancelled"
+            work:   `_finish` sets the status to "completed"    <-- the response was wrong
         """
         task_id = task["task_id"]
         # A task that is not in `_since` is final, or `_reset` has dropped it.
@@ -663,8 +664,8 @@ class TaskManager:
         The manager can be used again, even in another event loop.
         """
         self._reset()
-        # The previous workers have ended, unless a KeyboardInterrupt has stopped their event loop.
-        with suppress(RuntimeError):  # that event loop is closed, so they cannot go on
+        # Stop the workers of a previous run that has not ended, for example after Ctrl-C.
+        with suppress(RuntimeError):  # their event loop is closed, so they cannot go on
             self._stop_all(self._workers)
         workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
         self._workers = workers
@@ -674,14 +675,14 @@ class TaskManager:
             yield
         finally:
             self._stop_all(workers)
-            # Work that takes longer than GRACE seconds to end is left behind.
+            # After that, work goes on unattended. After Ctrl-C, `asyncio.run` waits for it.
             await asyncio.wait([supervisor, *workers, *self._works.values()], timeout=GRACE)
 
     async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
         """Stop all workers if one of them ends before `working` stops them."""
         try:
             # Workers never return. If a bug in this class ends one of them, `gather` raises its
-            # exception and leaves the others running. To restart it would hide the bug, so all of
+            # exception and leaves the others running. Restarting it would hide the bug, so all of
             # them stop. POST and /health respond with 503.
             await asyncio.gather(*workers)
         except Exception as exc:
@@ -704,20 +705,20 @@ class TaskManager:
 
         A worker goes on, whatever the work does. The work is an asyncio task of its own, and
         `asyncio.wait` leaves its exceptions to `_finish`. So a CancelledError always means that
-        the worker itself is cancelled. `await work` would raise one for cancelled work, too. If the
-        worker did not catch it, a DELETE would end the worker. Otherwise:
+        the worker itself is cancelled. With `await work`, the first DELETE would end a worker that
+        does not catch CancelledError. And one that does could not tell a DELETE from a shutdown:
 
             client: sends DELETE, which cancels the work
             worker: `await work` raises CancelledError; the worker catches it and goes on
             server: shuts down, which cancels the worker
             worker: `await work` raises CancelledError; the worker catches it and goes on
-            server: waits for the worker                        <-- forever
+            server: waits for the worker                        <-- for GRACE seconds, every time
         """
         while True:
             entry = await self._queue.get()
             self._busy += 1
 
-            # There is no `await` until the work is in the dict, so a DELETE finds every task there
+            # There is no `await` until the work is in `_works`, so a DELETE finds every task there
             # or in the queue.
             task = self._tasks[entry.task_id]
             self._set_status(task, "processing")
@@ -734,6 +735,7 @@ class TaskManager:
             if not work.done():
                 log.warning("%s is abandoned, because it ignores its cancellation", label(task))
             self._busy -= 1
+            del entry, task, work  # otherwise they would stay in memory until the next task comes
 
     async def _work(self, task: Task) -> Any:
         """Do the work of a task and return the result."""
@@ -753,13 +755,13 @@ class TaskManager:
         """Store the result or the error of work that has ended."""
         self._works.pop(task["task_id"], None)  # `None`, because `_reset` may have dropped it
         if work.cancelled() and task["task_id"] not in self._since:
-            return  # cancelled by `_stop`; any other cancellation is a bug, and `result` raises it
+            return  # `_stop` has cancelled it; work that cancels itself has a bug, see below
         try:
             result = json_copy(work.result())
         except BaseException as exc:  # work can raise anything
             error = describe_failure(exc)
             self._set_status(task, "failed", error=error)
-            # A group is always logged, because it can contain a bug in addition to the failure.
+            # Everything is logged but a failure with a text. A group can contain a bug as well.
             if not isinstance(exc, TaskFailedError) or error is INTERNAL_ERROR:
                 log.error("%s raised an unexpected exception", label(task), exc_info=exc)
         else:
@@ -785,11 +787,11 @@ def new_task(task_type: str, parameters: Parameters, priority: Priority) -> Task
 
 
 # === Models =======================================================================================
-# Here the HTTP API begins. (No asyncio before "Middleware".) The models decide what clients can send.
-# Unknown fields are an error, because a misspelt `priority` must not be ignored.
+# Here the HTTP API begins. The models decide what clients can send. Unknown fields are an error,
+# because a misspelt `priority` must not be ignored.
 
 
-def check(value: Any) -> Any:
+def check_number(value: Any) -> Any:
     """Return a number of at most 1e300 unchanged. Raise PydanticCustomError for anything else."""
     # `type`, because `isinstance(True, int)` is true. NaN fails the comparison.
     if type(value) in (int, float) and abs(value) <= 1e300:
@@ -798,9 +800,9 @@ def check(value: Any) -> Any:
 
 
 # At most 1e300, so that the sum of 1,000 numbers is finite. With pydantic's own checks, a wrong value
-# would have two errors, one for each type, and the messages would spell out the bounds.
+# would have two errors, one for each type, and their texts would contain all 301 digits of 1e300.
 Bounded: TypeAlias = Annotated[float, Field(ge=-1e300, le=1e300)]  # only for /docs
-Number: TypeAlias = Annotated[int | float, PlainValidator(check, json_schema_input_type=Bounded)]
+Number = Annotated[int | float, PlainValidator(check_number, json_schema_input_type=Bounded)]
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -889,8 +891,8 @@ def problem(status: int, detail: str, headers: Any = None, **members: Any) -> Re
     return JSONResponse(content, status, NO_STORE | dict(headers or {}), media_type=PROBLEM_JSON)
 
 
-ITEM = {"detail": "Field required", "pointer": "/parameters"}
-EXAMPLE = json.loads(bytes(problem(400, INVALID, errors=[ITEM]).body))
+MISSING = {"detail": "Field required", "pointer": "/parameters"}
+EXAMPLE = json.loads(bytes(problem(400, INVALID, errors=[MISSING]).body))
 
 
 class Problem(BaseModel, json_schema_extra={"example": EXAMPLE}):
@@ -936,7 +938,7 @@ def pointer(error: Mapping[str, Any], body: Any) -> str:
     if source != "body":
         return str(error["loc"][-1])
     # In the body, `path` is for example ["compute_sum", "parameters", "numbers", 1]. It also names
-    # the chosen member of each union, here the task type, which is not a key in the body.
+    # the chosen member of each union, here the task type. Such names are not keys of the body.
     keys = []
     for key in path:
         with suppress(LookupError, TypeError):
@@ -949,7 +951,7 @@ def pointer(error: Mapping[str, Any], body: Any) -> str:
     return "".join("/" + str(key).translate(ESCAPES) for key in keys)
 
 
-# `async`, because FastAPI would call a plain function in a thread, where a task can change any time.
+# `async`, because FastAPI would call a plain function in a thread, where a task can change meanwhile.
 async def handle_error(_: Request, exc: Exception) -> Response:
     """Return the response for an exception that a route has raised."""
     match exc:
@@ -986,7 +988,7 @@ FREE_PATHS = ("/", "/docs", "/redoc", "/openapi.json", "/health", "/favicon.ico"
 
 
 class RateLimitMiddleware:
-    """Limits each client's requests. The headers: draft-ietf-httpapi-ratelimit-headers."""
+    """Limits each client's requests. For the headers, see draft-ietf-httpapi-ratelimit-headers."""
 
     def __init__(self, app: ASGIApp, limiter: RateLimiter) -> None:
         self.app = app
@@ -1049,8 +1051,8 @@ class BodyLimitMiddleware:
         self.max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # No route reads the body of a GET. StreamingResponse can receive it while it waits for a
-        # disconnect, and an exception would break off the list.
+        # No route reads the body of a GET. StreamingResponse calls `receive` to notice a disconnect,
+        # and an exception there would cut off the list.
         if scope["type"] != "http" or scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
@@ -1174,19 +1176,18 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
 def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
     """When a signal is received, schedule `callback`, then call the current handler.
 
-    uvicorn has its own handlers, which `loop.add_signal_handler` would replace.
+    `loop.add_signal_handler` would replace the current handler, which is uvicorn's.
     """
     former = signal.getsignal(signum)
     # Only the main thread can set a handler. SIG_DFL and SIG_IGN cannot be called: leave them alone.
     if threading.current_thread() is not threading.main_thread() or not callable(former):
         yield
         return
-    loop = asyncio.get_running_loop()
 
     def handle(*args: Any) -> None:
         # A signal can arrive in the middle of anything, so only schedule the callback (fact 1).
-        with suppress(RuntimeError):  # the event loop is closed, but the process goes on
-            loop.call_soon_threadsafe(callback)
+        with suppress(RuntimeError):  # the event loop has stopped, but the process goes on
+            asyncio.get_running_loop().call_soon_threadsafe(callback)
         former(*args)
 
     signal.signal(signum, handle)
@@ -1218,12 +1219,12 @@ def create_app(
             manager.working(),
             in_background(clean_up(manager, limiter, settings.cleanup_interval)),
         ):
-            # A shutdown has three steps. Without the first one, a long poll would delay the second
-            # one by up to `long_poll` seconds:
+            # A shutdown has three steps:
             #
             # 1. Our signal handler schedules `stop_waiting`, then calls uvicorn's handler.
             # 2. uvicorn waits for the open responses, then ends this lifespan.
             # 3. The contexts above end in reverse order: the timer, then the tasks and workers.
+            # Without step 1, a long poll would delay step 2 by up to `long_poll` seconds.
             stop = manager.stop_waiting
             with before_handler(signal.SIGINT, stop), before_handler(signal.SIGTERM, stop):
                 yield
@@ -1234,7 +1235,7 @@ def create_app(
         lifespan=lifespan,
         responses={"default": DEFAULT_RESPONSE},
         generate_unique_id_function=lambda route: route.name,  # `get_task` in generated clients
-        redirect_slashes=False,  # a redirect would repeat the client's Host header
+        redirect_slashes=False,  # a redirect would repeat a forged Host header
     )
     app.state.manager = manager
     for exception in (RequestValidationError, HTTPException, ManagerError, Exception):
