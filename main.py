@@ -103,7 +103,7 @@ class TaskLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # not generic i
     def log(self, *args: Any, **kwargs: Any) -> None:
         """Log a message, or drop it if a filter raises anything. `info` and `error` call this."""
         with suppress(BaseException):
-            super().log(*args, **kwargs)
+            super().log(*args, stacklevel=2, **kwargs)
 
 
 # Under `uvicorn.error`, because uvicorn shows INFO messages only from its own loggers.
