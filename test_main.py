@@ -1369,7 +1369,7 @@ async def test_a_worker_that_fails(
     if isinstance(exception, RuntimeError):
         expected_errors.append("a worker failed, so all workers stop")
     elif not isinstance(exception, asyncio.CancelledError):
-        expected_errors.append("exception=BaseException()>")  # asyncio's own "never retrieved"
+        expected_errors.append("exception=BaseException()")  # asyncio's own "never retrieved"
     async with running(forever, workers=2) as api:
         ids = [await api.submit() for _ in range(4)]
         await ticks()
