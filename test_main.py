@@ -920,6 +920,31 @@ async def test_bad_parameters_of_every_type(change: Json, pointer: str, detail: 
         assert_one_error(response, f"/parameters{pointer}", detail)
 
 
+class CheckedParameters(main.StrictModel):
+    """Parameters with a check of one's own, whose error has a long text."""
+
+    @pydantic.model_validator(mode="after")
+    def check(self) -> Self:
+        raise ValueError("m" * 500)
+
+
+class CheckedSubmission(main.BaseSubmission):
+    """Do something with parameters that are never valid."""
+
+    example: ClassVar[Json] = {"task_type": "checked", "parameters": {}}
+    task_type: Literal["checked"]
+    parameters: CheckedParameters
+
+
+async def test_the_length_of_a_detail() -> None:
+    """An error is told with at most 200 characters of its text, because it can repeat the input."""
+    async with running(echo, (CheckedSubmission,)) as api:
+        response = await api.post(task_type="checked", parameters={})
+        (error,) = problem_of(response, 400)["errors"]
+        assert error["pointer"] == "/parameters"
+        assert error["detail"] == ("Value error, " + "m" * 500)[:200]
+
+
 async def test_an_error_in_each_member_of_a_union() -> None:
     """If no member of a union fits, there is an error for each, with the same pointer."""
     async with running(echo, (RichSubmission,)) as api:
@@ -974,6 +999,7 @@ async def test_the_list_at_every_length(count: int, limit: int | None) -> None:
         # list ends before the first part is full.
         assert all(parts)
         assert len(turns) == len(parts) - 1
+        assert clock() == 0
         assert len(turns) == (len(expected) // 100 if limit != 100 else 0)
 
 
@@ -1048,6 +1074,20 @@ async def test_a_long_poll_has_a_timeout(long_poll: float) -> None:
         for wait in (True, False):
             assert (await api.get(task_id, wait=wait))["status"] == "processing"
             assert clock() == long_poll
+
+
+async def test_a_poll_that_times_out_takes_nothing_from_others() -> None:
+    """When one poll of a task times out, another one still ends with the change."""
+    async with managing(forever, long_poll=10) as manager:
+        task = manager.submit("test", {})
+        await ticks()
+        first = asyncio.create_task(manager.wait(task["task_id"]))
+        await asyncio.sleep(9)
+        later = asyncio.create_task(manager.wait(task["task_id"]))
+        await first
+        manager.cancel(task["task_id"])
+        await later
+        assert clock() == 10
 
 
 async def test_a_task_expires_before_its_poll_goes_on() -> None:
@@ -1639,6 +1679,14 @@ async def test_the_log(caplog: LogCaptureFixture) -> None:
     ]
 
 
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="logging counts frames differently")
+async def test_the_log_names_its_caller(caplog: LogCaptureFixture) -> None:
+    """A format with `%(funcName)s` shows the function that has logged a line."""
+    async with managing(complete) as manager:
+        await outcome(manager)
+    assert {record.funcName for record in caplog.records} == {"submit", "_set_status"}
+
+
 @contextmanager
 def filtering(words: tuple[str, ...], exception: BaseException) -> Iterator[list[str]]:
     """Add a filter of the user that raises an exception on lines with one of these words."""
@@ -1903,6 +1951,7 @@ async def test_who_shares_a_limit() -> None:
         ["2001:db8:0:1::1"],
         ["2001:db8:1::1"],
         ["fe80::1%eth0", "fe80::2"],
+        ["127.0.0.1", "127.0.0.1"],
         [None, "not an ip", "x" * 20_000, "", "300.1.1.1"],
     ]
     header = {"X-Forwarded-For": "192.0.2.9"}  # every client can send it
@@ -1911,6 +1960,15 @@ async def test_who_shares_a_limit() -> None:
             for number, host in enumerate(hosts):
                 response = await api.client(host).get(LIMITED, headers=header)
                 assert response.status_code == (429 if number else 404), str(host)[:50]
+
+
+async def test_the_port_of_a_client_does_not_count() -> None:
+    """Two connections from the same address share a limit."""
+    async with running(rate_limit=1) as api:
+        for port, status in ((1, 404), (2, 429)):
+            transport = ASGITransport(api.app, client=("10.0.0.1", port))
+            client = AsyncClient(transport=transport, base_url="http://test")
+            assert (await client.get(LIMITED)).status_code == status
 
 
 # === Bad input ====================================================================================
@@ -2281,6 +2339,8 @@ def test_the_schemas_of_the_document() -> None:
     assert set(names) == set(schemas)
     numbers = schemas["SumParameters"]["properties"]["numbers"]
     assert numbers["items"] == {"type": "number", "minimum": -1e300, "maximum": 1e300}
+    members = {"type", "title", "status", "detail", "errors", "task"}
+    assert set(schemas["Problem"]["properties"]) == members
     sections = schemas["ReportParameters"]["properties"]["sections"]
     assert sections == {**sections, "minimum": 1, "maximum": 6, "default": 3}
     texts = [schemas[model.__name__]["description"] for model in SUBMISSIONS]
@@ -2447,6 +2507,15 @@ async def test_a_body_that_fails() -> None:
         async with running():
             raise KeyError
     await ticks()
+    assert asyncio_tasks() == before
+
+
+async def test_a_coroutine_in_the_background() -> None:
+    """After `in_background`, its asyncio task has ended."""
+    before = asyncio_tasks()
+    async with main.in_background(forever()):
+        await ticks()
+        assert len(asyncio_tasks() - before) == 1
     assert asyncio_tasks() == before
 
 
@@ -2668,7 +2737,7 @@ def test_a_run_that_was_interrupted(same_loop: bool) -> None:
             await ticks()
             manager.submit("test", {})
             asyncio.get_running_loop().call_soon(Mock(side_effect=KeyboardInterrupt))
-            await forever()
+            await asyncio.sleep(1000)
 
     async def again() -> None:
         async with manager.working():
@@ -2973,8 +3042,10 @@ def test_a_server_with_bad_settings() -> None:
 
 
 PROGRAM = """
-import asyncio, sys, time
+import asyncio, signal, sys, time
 import main
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the shell has done to it
 
 async def work(task_type, parameters, report):
     print("working", flush=True)
