@@ -1051,8 +1051,8 @@ class BodyLimitMiddleware:
         self.max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # No route reads the body of a GET. StreamingResponse calls `receive` to notice a disconnect,
-        # and an exception there would cut off the list.
+        # No route reads the body of a GET. Under uvicorn, StreamingResponse calls `receive` to notice
+        # a disconnect, and an exception there would cut off the list.
         if scope["type"] != "http" or scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
