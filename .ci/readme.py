@@ -148,6 +148,8 @@ async def check_apps() -> None:
         origin = {"Origin": "https://example.org", **key}
         response = await api.get("/tasks", headers=origin)
         assert response.headers["access-control-allow-origin"] == "https://example.org"
+        behind = AsyncClient(transport=ASGITransport(module["keys"].app, root_path="/api"))
+        assert (await behind.get("http://test/api/health")).status_code == 200
 
         service = module["service"].app
         await stack.enter_async_context(service.router.lifespan_context(service))
@@ -166,7 +168,9 @@ async def check_apps() -> None:
             threading.Thread(target=server.serve_forever, daemon=True).start()
             service.state.client.base_url = f"http://127.0.0.1:{server.server_port}"
             assert (await fetch("README.md", "10.0.0.2")).startswith("# A task manager API")
-            assert (await fetch("no", "10.0.0.3"))["message"] == "The service responded with 404."
+            assert (await fetch("no.txt", "10.0.0.3"))[
+                "message"
+            ] == "The service responded with 404."
             server.shutdown()
         assert (await fetch("README.md", "10.0.0.4"))["message"] == "The service does not respond."
     print("the apps work")
@@ -213,7 +217,7 @@ def apply(folder: Path, section: str) -> None:
         replace("class RateLimitMiddleware:", f"{users}\n\n\nclass RateLimitMiddleware:")
         replace("import MutableHeaders", "import Headers, MutableHeaders")
     if "send_changes" in section:
-        reset, change, start = re.findall(r"^- In .+: `(.+)`$", section, re.MULTILINE)
+        reset, change, start = re.findall(r"^- (?:At|In) .+: `(.+)`$", section, re.MULTILINE)
         replace("        self._busy = 0", f"        {reset}\n        self._busy = 0")
         replace(
             "        return True\n\n    def _stop",
