@@ -3112,9 +3112,12 @@ except KeyboardInterrupt:
 
 
 @needs_signals
-@parametrize("computes", [False, True], ids=["waits", "computes"])
-@parametrize("runs", [True, False], ids=["asyncio.run", "run_until_complete"])
-def test_ctrl_c_with_the_engine_alone(computes: bool, runs: bool) -> None:
+@parametrize(
+    ("runs", "computes"),
+    [(True, False), (True, True), (False, True)],
+    ids=["asyncio.run waits", "asyncio.run computes", "run_until_complete computes"],
+)
+def test_ctrl_c_with_the_engine_alone(runs: bool, computes: bool) -> None:
     """Ctrl-C ends a program that uses the engine without a server."""
     source = PROGRAM.format(computes=computes, runs=runs)
     with subprocess.Popen(
