@@ -425,8 +425,7 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 # Requests, workers and the clean-up all change the same dicts. No lock is needed, because there is
 # no `await` in the middle of a change.
 
-# Seconds that cancelled work gets to clean up, after a timeout or at shutdown.
-GRACE = 5
+GRACE = 5  # seconds that cancelled work gets to clean up, after a timeout or at shutdown
 
 
 def timestamp(seconds: float) -> str:
@@ -679,13 +678,17 @@ class TaskManager:
             await asyncio.wait([supervisor, *workers, *self._works.values()], timeout=GRACE)
 
     async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
-        """Stop all workers if one of them ends before `working` stops them."""
+        """Stop all workers as soon as one of them ends. Otherwise:
+
+            workers: fail one by one, because of a bug in this class; nothing awaits them
+            clients: submit tasks and poll them                             <-- forever
+
+        They are not restarted, because that would hide the bug.
+        """
         try:
-            # Workers never return. If a bug in this class ends one of them, `gather` raises its
-            # exception and leaves the others running. Restarting it would hide the bug, so all of
-            # them stop. POST and /health respond with 503.
+            # Raises the exception of the first worker that fails, and leaves the others running.
             await asyncio.gather(*workers)
-        except Exception as exc:
+        except Exception as exc:  # not for a CancelledError, because a shutdown is no failure
             log.critical("a worker failed, so all workers stop", exc_info=exc)
         finally:
             self._stop_all(workers)  # changes nothing if `working` has called it before
@@ -1174,10 +1177,7 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
 
 @contextmanager
 def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
-    """When a signal is received, schedule `callback`, then call the current handler.
-
-    `loop.add_signal_handler` would replace the current handler, which is uvicorn's.
-    """
+    """When a signal is received, schedule `callback`, then call the current handler (uvicorn's)."""
     former = signal.getsignal(signum)
     # Only the main thread can set a handler. SIG_DFL and SIG_IGN cannot be called: leave them alone.
     if threading.current_thread() is not threading.main_thread() or not callable(former):
@@ -1190,7 +1190,7 @@ def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
             asyncio.get_running_loop().call_soon_threadsafe(callback)
         former(*args)
 
-    signal.signal(signum, handle)
+    signal.signal(signum, handle)  # `loop.add_signal_handler` could not call `former`
     try:
         yield
     finally:
@@ -1223,7 +1223,7 @@ def create_app(
             #
             # 1. Our signal handler schedules `stop_waiting`, then calls uvicorn's handler.
             # 2. uvicorn waits for the open responses, then ends this lifespan.
-            # 3. The contexts above end in reverse order: the timer, then the tasks and workers.
+            # 3. The timer ends, then `working` ends, which cancels all tasks and the workers.
             # Without step 1, a long poll would delay step 2 by up to `long_poll` seconds.
             stop = manager.stop_waiting
             with before_handler(signal.SIGINT, stop), before_handler(signal.SIGTERM, stop):
