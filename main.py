@@ -38,6 +38,7 @@ FOUR FACTS ABOUT ASYNCIO
             tasks.append(task)      # <-- There can be 101 tasks now.
 
     `await f()` switches only if something inside `f` waits. Otherwise it is like a function call.
+    (So is `asyncio.create_task(f())` until `f` waits, if the loop has an eager task factory.)
     Handlers of `signal.signal` and other threads can run at any time, so they hand their changes
     over to the event loop, with `call_soon_threadsafe`.
 
@@ -48,8 +49,9 @@ FOUR FACTS ABOUT ASYNCIO
 3.  **Cancellation is a request.** `asyncio_task.cancel()` returns immediately. Soon after, the event
     loop raises `asyncio.CancelledError` at the `await` where that asyncio task is suspended. An
     asyncio task that is cancelled before it starts runs none of its code. Code cleans up in a
-    `finally`. Code that catches CancelledError should raise it again, because otherwise it goes on.
-    If asyncio task A awaits B, directly or through `gather`, B is cancelled first. If B ignores
+    `finally`. Code that catches CancelledError (`except Exception` does not) should raise it again,
+    because otherwise its asyncio task goes on, and a shutdown has to wait for it. If A is cancelled
+    while it awaits asyncio task B, directly or through `gather`, B is cancelled first. If B ignores
     that, a direct `await` just returns B's result to A. With `asyncio.wait`, only A is cancelled.
 
 4.  **An `asyncio.Event` wakes all its waiters.** `await event.wait()` suspends a coroutine until
@@ -112,14 +114,13 @@ log = TaskLog(logging.getLogger("uvicorn.error.tasks"))
 
 # === Types ========================================================================================
 # At run time, a task is a plain dict. The TypedDicts are for type checkers and for FastAPI, which
-# checks responses against them and shows their docstrings in /docs.
+# checks most responses against them and shows their docstrings in /docs.
 
 Status: TypeAlias = Literal["queued", "processing", "completed", "failed", "cancelled"]
 Priority: TypeAlias = Literal["high", "normal", "low"]
 Parameters: TypeAlias = dict[str, Any]
 
-# Strings whose format is shown in /docs.
-TaskId: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "uuid"})]
+TaskId: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "uuid"})]  # for /docs
 Time: TypeAlias = Annotated[str, Field(json_schema_extra={"format": "date-time"})]
 
 # The state diagram as data: the statuses that can follow each status.
@@ -340,9 +341,9 @@ class RateLimiter:
         self.limit = limit
         self.window = window
         self._leaving: dict[str, deque[float]] = {}
-        # With a lock, only one coroutine at a time is inside `async with self._lock`. As written,
-        # no block waits, so each is atomic even without it. The lock is needed as soon as there is
-        # an `await` between a check and its change, for example a call of a database. Otherwise:
+        # With a lock, only one coroutine at a time is inside `async with self._lock`. Today it is
+        # not necessary, because no block waits. It is here for the day when there is an `await`
+        # between a check and its change, for example a call of a database. Otherwise:
         #
         #     request 1: counts 9 requests, awaits the database
         #     request 2: counts 9 requests, awaits the database
@@ -359,7 +360,7 @@ class RateLimiter:
             return True
 
     async def quota(self, client: str) -> tuple[int, int]:
-        """Return how many requests are left, and the seconds until one more is allowed."""
+        """Return how many requests are left, and the seconds until the oldest expires."""
         async with self._lock:
             times = self._prune(client)
             # Rounded up, because after a shorter wait the client would be refused again. `min`,
@@ -386,7 +387,7 @@ class RateLimiter:
 # If a free worker always took a high task first, a low task would never run while high tasks keep
 # coming: it would starve. So each task has a rank, which is the time of its submission plus a
 # handicap of 30 s (`priority_step`) for `normal` or 60 s for `low`. A free worker takes the task
-# with the lowest rank. A task can overtake a low one only if it is submitted within 60 s of it:
+# with the lowest rank. A task can overtake a low one only if it is submitted less than 60 s later:
 #
 #     second 0   A is submitted, low:  rank 60
 #     second 59  B is submitted, high: rank 59, so it overtakes A
@@ -478,7 +479,7 @@ class TaskManager:
         self._tasks = {task["task_id"]: task for task in finished}
         self._queue = TaskQueue(self._settings.queue_size)
         self._numbers = itertools.count()  # for the entries of the queue
-        self._busy = 0  # workers that are not waiting for a task
+        self._busy = 0  # workers that have a task
         # The asyncio task that does the work of a task, until it has ended.
         self._works: dict[str, asyncio.Task[Any]] = {}
         # When a task got its present status. Final tasks are not in this dict.
@@ -524,9 +525,9 @@ class TaskManager:
 
         Return immediately if the status is final or the server is shutting down, and after
         `long_poll` seconds if it does not change. Each change has an Event of its own, which
-        `_set_status` takes out of the dict and sets. So it is never cleared, and the next client
-        makes a new one for the next change. There is no `await` between reading the status and
-        registering the Event. Otherwise:
+        `_set_status` takes out of the dict and sets. It is never cleared, because before Python
+        3.12, `wait_for` starts to wait a moment later, and would miss a `set` before a `clear`.
+        There is no `await` between reading the status and registering the Event. Otherwise:
 
             client: reads "processing", awaits something
             work:   ends; `_set_status` finds no Event to set
@@ -550,7 +551,7 @@ class TaskManager:
             client: submits a task, which is added to the dict
             server: RuntimeError, dictionary changed size during iteration    <-- half a response
         """
-        ids = list(reversed(self._tasks))  # now, before later submissions
+        ids = list(reversed(self._tasks))  # here, because `tasks` starts later
 
         def tasks() -> Iterator[Task]:
             for task_id in ids:
@@ -654,7 +655,7 @@ class TaskManager:
 
     # --- How the workers run a task ---------------------------------------------------------------
     # Each worker takes the next task as soon as it is free. If the manager gathered five tasks at a
-    # time instead, four workers would wait for the slowest of them.
+    # time instead, four places would stay empty until the slowest has ended.
 
     @asynccontextmanager
     async def working(self) -> AsyncIterator[None]:
@@ -663,8 +664,8 @@ class TaskManager:
         The manager can be used again, even in another event loop.
         """
         self._reset()
-        # Stop the workers of a previous run that has not ended, for example after Ctrl-C.
-        with suppress(RuntimeError):  # their event loop is closed, so they cannot go on
+        # Stop the workers of a previous run that was interrupted before it could do so.
+        with suppress(RuntimeError):  # `cancel` raises it if their event loop is closed
             self._stop_all(self._workers)
         workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
         self._workers = workers
@@ -674,7 +675,7 @@ class TaskManager:
             yield
         finally:
             self._stop_all(workers)
-            # After that, work goes on unattended. After Ctrl-C, `asyncio.run` waits for it.
+            # Work that takes longer goes on unattended. After Ctrl-C, `asyncio.run` waits for it.
             await asyncio.wait([supervisor, *workers, *self._works.values()], timeout=GRACE)
 
     async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
@@ -709,13 +710,13 @@ class TaskManager:
         A worker goes on, whatever the work does. The work is an asyncio task of its own, and
         `asyncio.wait` leaves its exceptions to `_finish`. So a CancelledError always means that
         the worker itself is cancelled. With `await work`, the first DELETE would end a worker that
-        does not catch CancelledError. And one that does could not tell a DELETE from a shutdown:
+        does not catch CancelledError. One that does can mistake a shutdown for a DELETE:
 
             client: sends DELETE, which cancels the work
             worker: `await work` raises CancelledError; the worker catches it and goes on
             server: shuts down, which cancels the worker
             worker: `await work` raises CancelledError; the worker catches it and goes on
-            server: waits for the worker                        <-- for GRACE seconds, every time
+            server: waits for the worker                        <-- for GRACE seconds
         """
         while True:
             entry = await self._queue.get()
@@ -726,9 +727,9 @@ class TaskManager:
             task = self._tasks[entry.task_id]
             self._set_status(task, "processing")
             work = asyncio.create_task(self._work(task))
-            # The dict keeps abandoned work alive, because asyncio has only weak references to it.
+            # Work that ignores its cancellation ends when its worker has already gone on. So the
+            # dict keeps it alive (asyncio has only weak references), and a callback finishes it.
             self._works[entry.task_id] = work
-            # A callback, because abandoned work ends after its worker has gone on.
             work.add_done_callback(partial(self._finish, task))
 
             await asyncio.wait({work}, timeout=self._settings.task_timeout)
@@ -758,13 +759,13 @@ class TaskManager:
         """Store the result or the error of work that has ended."""
         self._works.pop(task["task_id"], None)  # `None`, because `_reset` may have dropped it
         if work.cancelled() and task["task_id"] not in self._since:
-            return  # `_stop` has cancelled it; work that cancels itself has a bug, see below
+            return  # cancelled by `_stop`; work that cancels itself gets an internal error
         try:
             result = json_copy(work.result())
         except BaseException as exc:  # work can raise anything
             error = describe_failure(exc)
             self._set_status(task, "failed", error=error)
-            # Everything is logged but a failure with a text. A group can contain a bug as well.
+            # A failure whose text can be shown is not logged. A group is: it can contain a bug.
             if not isinstance(exc, TaskFailedError) or error is INTERNAL_ERROR:
                 log.error("%s raised an unexpected exception", label(task), exc_info=exc)
         else:
@@ -803,7 +804,7 @@ def check_number(value: Any) -> Any:
 
 
 # At most 1e300, so that the sum of 1,000 numbers is finite. With pydantic's own checks, a wrong value
-# would have two errors, one for each type, and their texts would contain all 301 digits of 1e300.
+# can have two errors, one for each type, and their texts contain all 301 digits of the bound.
 Bounded: TypeAlias = Annotated[float, Field(ge=-1e300, le=1e300)]  # only for /docs
 Number = Annotated[int | float, PlainValidator(check_number, json_schema_input_type=Bounded)]
 Text: TypeAlias = Annotated[str, Field(min_length=1, max_length=200)]
@@ -899,11 +900,11 @@ EXAMPLE = json.loads(bytes(problem(400, INVALID, errors=[MISSING]).body))
 
 
 class Problem(BaseModel, json_schema_extra={"example": EXAMPLE}):
-    """An error (RFC 9457). The `status` says what kind of error it is:
+    """An error (RFC 9457). Usual values of `status`:
 
-    - 400: The request is invalid. `errors` says why. A `pointer` is a JSON pointer into the body
-      (RFC 6901), or the name of a parameter.
-    - 404: There is no such task, or it has expired.
+    - 400: The request is invalid. `errors` says why, if it can be read. A `pointer` is a JSON
+      pointer into the body (RFC 6901), or the name of a parameter.
+    - 404: There is no such path or task. The task may have expired.
     - 409: The task has already completed or failed. `task` is the task.
     - 413: The body is too large.
     - 429: There were too many requests. The header `Retry-After` says how many seconds to wait.
@@ -1027,7 +1028,7 @@ class RateLimitMiddleware:
 
         # The body of a refused request is never read.
         _, seconds = await self.limiter.quota(client)
-        seconds = max(1, seconds)  # 0 if a request has left the window since `hit`
+        seconds = max(1, seconds)  # 0 if all requests have left the window since `hit`
         refusal = problem(429, f"Try again in {seconds} s.", {"Retry-After": str(seconds)})
         await refusal(scope, receive, send_with_headers)
 
@@ -1115,8 +1116,8 @@ def add_routes(app: FastAPI, manager: TaskManager, submissions: tuple[Any, ...])
         response.headers["Location"] = f"{prefix(request)}/tasks/{task['task_id']}"
         return {"task_id": task["task_id"], "status": "queued"}
 
-    # The type of the body depends on `submissions`, so it cannot be written in the signature.
-    # FastAPI reads it when the route is added.
+    # The type of the body depends on `submissions`. Type checkers refuse such a type in a signature,
+    # so it is set here: FastAPI reads the annotations when the route is added.
     examples: Any = {model.example["task_type"]: {"value": model.example} for model in submissions}
     body = Body(discriminator="task_type", openapi_examples=examples)
     submit_task.__annotations__["submission"] = Annotated[Union[submissions], body]  # noqa: UP007
@@ -1190,7 +1191,7 @@ def before_handler(signum: int, callback: Callable[[], None]) -> Iterator[None]:
             asyncio.get_running_loop().call_soon_threadsafe(callback)
         former(*args)
 
-    signal.signal(signum, handle)  # `loop.add_signal_handler` could not call `former`
+    signal.signal(signum, handle)  # asyncio's own handlers do not restore `former`
     try:
         yield
     finally:
@@ -1219,7 +1220,7 @@ def create_app(
             manager.working(),
             in_background(clean_up(manager, limiter, settings.cleanup_interval)),
         ):
-            # A shutdown has three steps:
+            # A shutdown by a signal has three steps:
             #
             # 1. Our signal handler schedules `stop_waiting`, then calls uvicorn's handler.
             # 2. uvicorn waits for the open responses, then ends this lifespan.
@@ -1241,9 +1242,8 @@ def create_app(
     for exception in (RequestValidationError, HTTPException, ManagerError, Exception):
         app.add_exception_handler(exception, handle_error)
     add_routes(app, manager, submissions)
-    # The rate limit is added last, so it is called first.
     app.add_middleware(BodyLimitMiddleware, max_body=settings.max_body)
-    app.add_middleware(RateLimitMiddleware, limiter=limiter)
+    app.add_middleware(RateLimitMiddleware, limiter=limiter)  # added last, so called first
     return app
 
 
