@@ -575,6 +575,21 @@ async def test_clean_up(status: str) -> None:
 # === Submission and parameters ====================================================================
 
 
+NEW_REPORT = {
+    "task_type": "generate_report",
+    "parameters": {"title": "T", "sections": 3},
+    "priority": "normal",
+    "status": "queued",
+    "progress": 0,
+    "result": None,
+    "error": None,
+    "created_at": "2026-01-01T00:00:01.000000Z",
+    "started_at": None,
+    "finished_at": None,
+    "expires_at": None,
+}
+
+
 async def test_a_task_has_the_same_fields_in_every_state() -> None:
     """All twelve fields exist from queued to completed, and are null until they have a value."""
     async with running(workers=1) as api:
@@ -585,20 +600,7 @@ async def test_a_task_has_the_same_fields_in_every_state() -> None:
         await asyncio.sleep(13.5)
         processing = await api.get(task_id)
         completed = await api.get_final(task_id)
-    assert queued == {
-        "task_id": task_id,
-        "task_type": "generate_report",
-        "parameters": {"title": "T", "sections": 3},
-        "priority": "normal",
-        "status": "queued",
-        "progress": 0,
-        "result": None,
-        "error": None,
-        "created_at": "2026-01-01T00:00:01.000000Z",
-        "started_at": None,
-        "finished_at": None,
-        "expires_at": None,
-    }
+    assert queued == {"task_id": task_id, **NEW_REPORT}
     started = {"started_at": "2026-01-01T00:00:05.000000Z"}
     assert processing == queued | started | {"status": "processing", "progress": 60}
     assert completed == processing | {
@@ -1904,25 +1906,27 @@ async def test_a_long_poll_reports_the_present_quota() -> None:
         assert (await poll).headers["ratelimit"] == '"default";r=3;t=55'
 
 
+REQUESTS = [
+    ("POST", "/tasks", b"{", 400),
+    ("POST", "/tasks", b"x" * 70_000, 413),
+    ("GET", LIMITED, b"", 404),
+    ("PUT", f"/tasks/{NO_TASK}", b"", 405),
+    ("HEAD", "/tasks", b"", 405),
+    ("OPTIONS", "/tasks", b"", 405),
+    ("GET", f"/tasks/{NO_TASK}?wait=maybe", b"", 400),
+    ("DELETE", "/tasks/x", b"", 400),
+    ("DELETE", f"/tasks/{NO_TASK}", b"", 404),
+    ("GET", "/health/", b"", 404),
+    ("GET", "/docs/oauth2-redirect", b"", 200),
+    ("GET", "/redoc/x", b"", 404),
+    ("GET", "/apihealth", b"", 404),
+]
+
+
 async def test_every_response_counts() -> None:
     """Errors count like successes, but refused requests don't."""
-    requests = [
-        ("POST", "/tasks", b"{", 400),
-        ("POST", "/tasks", b"x" * 70_000, 413),
-        ("GET", LIMITED, b"", 404),
-        ("PUT", f"/tasks/{NO_TASK}", b"", 405),
-        ("HEAD", "/tasks", b"", 405),
-        ("OPTIONS", "/tasks", b"", 405),
-        ("GET", f"/tasks/{NO_TASK}?wait=maybe", b"", 400),
-        ("DELETE", "/tasks/x", b"", 400),
-        ("DELETE", f"/tasks/{NO_TASK}", b"", 404),
-        ("GET", "/health/", b"", 404),
-        ("GET", "/docs/oauth2-redirect", b"", 200),
-        ("GET", "/redoc/x", b"", 404),
-        ("GET", "/apihealth", b"", 404),
-    ]
     async with running(rate_limit=2) as api:
-        for number, (method, path, body, status) in enumerate(requests):
+        for number, (method, path, body, status) in enumerate(REQUESTS):
             client = api.client(f"192.0.2.{number}")
             for left, expected in ((1, status), (0, status), (0, 429), (0, 429)):
                 response = await client.request(method, path, content=body)
@@ -2346,34 +2350,47 @@ async def test_a_handler_of_the_user() -> None:
 # === OpenAPI ======================================================================================
 
 
-def test_the_operations_of_the_document() -> None:
-    """Each operation has the name of its function and texts, and errors are documented once."""
-    document = create_app(Settings()).openapi()
-    assert document["info"]["title"] == "Task manager"
-    assert document["info"]["description"].startswith("Submit a task, then poll it")
+def operations() -> dict[str, Json]:
+    """Return the operations of the document by method and path."""
     found = {}
-    for path, operations in document["paths"].items():
-        for method, operation in operations.items():
-            name = operation["operationId"]
-            found[f"{method} {path}"] = (name, *operation["responses"])
-            with naming(name):
-                assert operation["description"].endswith(".")
-                for parameter in operation.get("parameters", []):
-                    assert parameter["in"] == "path" or parameter["description"].endswith(".")
-                *_, success, error = operation["responses"].values()
-                assert success["description"] in ("The id.", "The task.", "The tasks.", "The load.")
-                assert success["content"]["application/json"]["schema"]
-                content = error["content"]["application/problem+json"]
-                assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
-                legend = re.findall(r"^- (\d+): .+", error["description"], re.MULTILINE)
-                assert legend == ["400", "404", "409", "413", "429", "503"]
-    assert found == {
+    for path, methods in create_app(Settings()).openapi()["paths"].items():
+        for method, operation in methods.items():
+            found[f"{method} {path}"] = operation
+    return found
+
+
+def test_the_operations_of_the_document() -> None:
+    """Each operation has the name of its function, and errors are documented once."""
+    names = {
+        key: (operation["operationId"], *operation["responses"])
+        for key, operation in operations().items()
+    }
+    assert names == {
         "post /tasks": ("submit_task", "202", "default"),
         "get /tasks": ("list_tasks", "200", "default"),
         "get /tasks/{task_id}": ("get_task", "200", "default"),
         "delete /tasks/{task_id}": ("cancel_task", "200", "default"),
         "get /health": ("get_health", "200", "default"),
     }
+
+
+def test_the_texts_of_the_document() -> None:
+    """The app, each operation, each parameter of a query and each response has a text."""
+    info = create_app(Settings()).openapi()["info"]
+    assert info["title"] == "Task manager"
+    assert info["description"].startswith("Submit a task, then poll it")
+    for key, operation in operations().items():
+        with naming(key):
+            assert operation["description"].endswith(".")
+            for parameter in operation.get("parameters", []):
+                assert parameter["in"] == "path" or parameter["description"].endswith(".")
+            success, error = operation["responses"].values()
+            assert success["description"] in ("The id.", "The task.", "The tasks.", "The load.")
+            assert success["content"]["application/json"]["schema"]
+            content = error["content"]["application/problem+json"]
+            assert content["schema"] == {"$ref": "#/components/schemas/Problem"}
+            legend = re.findall(r"^- (\d+): .+", error["description"], re.MULTILINE)
+            assert legend == ["400", "404", "409", "413", "429", "503"]
 
 
 def test_the_schemas_of_the_document() -> None:
