@@ -675,11 +675,12 @@ class TaskManager:
             yield
         finally:
             self._stop_all(workers)
-            # Work that takes longer goes on unattended. After Ctrl-C, `asyncio.run` waits for it.
+            # `cancel` only asks. Without this wait, `asyncio.run` would interrupt the clean-up. Work
+            # that takes longer goes on unattended. After Ctrl-C, `asyncio.run` waits for it.
             await asyncio.wait([supervisor, *workers, *self._works.values()], timeout=GRACE)
 
     async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:
-        """Stop all workers as soon as one of them ends. Otherwise:
+        """Stop all workers as soon as one of them fails. Otherwise:
 
             workers: fail one by one, because of a bug in this class; nothing awaits them
             clients: submit tasks and poll them                             <-- forever
@@ -881,7 +882,6 @@ class Accepted(TypedDict):
 
 
 # === Errors in HTTP ===============================================================================
-
 PROBLEM_JSON = "application/problem+json"
 INVALID = "The request is invalid."
 ESCAPES = str.maketrans({"~": "~0", "/": "~1"})  # for JSON pointers (RFC 6901)
