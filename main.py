@@ -525,8 +525,8 @@ class TaskManager:
 
         Return immediately if the status is final or the server is shutting down, and after
         `long_poll` seconds if it does not change. Each change has an Event of its own, which
-        `_set_status` takes out of the dict and sets. It is never cleared, because before Python
-        3.12, `wait_for` starts to wait a moment later, and would miss a `set` before a `clear`.
+        `_set_status` takes out of the dict and sets. It stays set, because before Python 3.12,
+        `wait_for` starts to wait a moment later, when a `clear` could have undone the `set`.
         There is no `await` between reading the status and registering the Event. Otherwise:
 
             client: reads "processing", awaits something
@@ -675,8 +675,8 @@ class TaskManager:
             yield
         finally:
             self._stop_all(workers)
-            # `cancel` only asks. Without this wait, `asyncio.run` would interrupt the clean-up. Work
-            # that takes longer goes on unattended. After Ctrl-C, `asyncio.run` waits for it.
+            # `cancel` only asks. Without this wait, `asyncio.run` would interrupt the clean-up of
+            # work. Work that takes longer goes on. After Ctrl-C, `asyncio.run` waits for it.
             await asyncio.wait([supervisor, *workers, *self._works.values()], timeout=GRACE)
 
     async def _supervise(self, workers: list[asyncio.Task[None]]) -> None:

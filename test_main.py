@@ -336,7 +336,7 @@ def expected_errors(caplog: LogCaptureFixture) -> Iterator[list[str]]:
     expected: list[str] = []
     caplog.set_level(logging.INFO)
     yield expected
-    # asyncio logs an exception that nobody has read when its asyncio task is freed. The oldest
+    # asyncio logs an exception that was never read when its asyncio task is freed. The oldest
     # generation is left out, because collecting it takes longer than the test.
     gc.collect(1)
     missing = list(expected)
@@ -1498,7 +1498,7 @@ async def test_a_worker_that_fails(
     levels = [record.levelname for record in caplog.records if record.exc_info]
     if isinstance(exception, RuntimeError):
         assert levels == ["CRITICAL"]
-    gc.collect()  # now asyncio logs the BaseException that nobody has read
+    gc.collect()  # now asyncio logs the BaseException, which was never read
 
 
 # === What is stored ===============================================================================
@@ -3154,7 +3154,7 @@ def test_ctrl_c_with_the_engine_alone(runs: bool, computes: bool) -> None:
         errors = process.stderr.read()
         assert process.wait() == 42, errors
         watchdog.cancel()
-    # `run_until_complete` ends nothing, and before 3.11, asyncio.run cancels everything at once.
+    # `run_until_complete` does not end the tasks. Before 3.11, asyncio.run cancels the work, too.
     if runs and sys.version_info >= (3, 11):
         assert output == "cancelled\n"
         assert errors == ""
