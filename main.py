@@ -10,8 +10,8 @@ Needs Python 3.10. Run `uvicorn main:app --reload`, and open http://127.0.0.1:80
        |             |
        +-------------+----------> cancelled
 
-The part before "Models" is a task manager that works without a web server. The rest is
-the HTTP API around it. The path of a task:
+The part before "Models" is a task manager and a rate limiter that work without a web
+server. The rest is the HTTP API around them. The path of a task:
 
     submit_task               the route, called with a validated request
     TaskManager.submit        stores the task and puts it into the queue
@@ -20,8 +20,8 @@ the HTTP API around it. The path of a task:
     TaskManager._set_status   called at each change of the status, wakes waiting clients
 
 A *task* is a dict. An *asyncio task* is what `asyncio.create_task` returns. The *work*
-of a task is the asyncio task that computes its result. Some comments show what would
-happen without a precaution, and `<--` marks the step that goes wrong.
+of a task is the asyncio task that computes its result. In comments, the arrow `<--`
+marks the step that goes wrong without a precaution.
 
 FOUR FACTS ABOUT ASYNCIO
 
@@ -34,12 +34,12 @@ FOUR FACTS ABOUT ASYNCIO
 
         if len(tasks) < 100:        # Suppose there are 99.
             await save(task)        # Another coroutine runs here and counts 99 as well.
-            tasks.append(task)      # <-- There can be 101 tasks now.
+            tasks.append(task)      # <-- Both append a task. Now there are 101.
 
-2.  **There are two kinds of waiting for asyncio tasks.** `await asyncio_task`, and
-    `await asyncio.gather(...)` for several, return the result or raise the (first)
-    exception. If the *waiting* coroutine is cancelled, they also cancel what they wait
-    for. `await asyncio.wait(...)` does none of this. It only waits.
+2.  **There are two kinds of waiting for asyncio tasks.** `await asyncio_task` returns
+    its result or raises its exception. `await asyncio.gather(...)` does this for
+    several, and raises the first exception. If the *waiting* coroutine is cancelled,
+    both also cancel what they wait for. `await asyncio.wait(...)` only waits.
 
 3.  **Cancellation is a request.** `asyncio_task.cancel()` returns immediately. Soon
     after, `asyncio.CancelledError` is raised at the `await` where the asyncio task is
@@ -56,11 +56,10 @@ Tasks are lost when the process ends. There can be only one process, because a s
 one would have tasks of its own. There are no users: every client can see and cancel
 every task. README.md lists more assumptions, and names systems without these limits.
 
-A shutdown cancels all tasks, and usually takes less than a second. A client that does
-not read its response can delay a shutdown without limit, unless uvicorn is started with
-`--timeout-graceful-shutdown 5`. Work that ignores its cancellation keeps its worker, and
-delays a shutdown by 5 s. After Ctrl-C without `--reload`, the process also waits for
-such work, and for threads, to end.
+A shutdown cancels all tasks, and usually takes less than a second. A client that stops
+in the middle of a request or a response can delay it without limit, unless uvicorn is
+started with `--timeout-graceful-shutdown 5`. Work that ignores its cancellation keeps
+its worker, delays a shutdown by 5 s, and can keep the process from ending after Ctrl-C.
 """
 
 import asyncio
@@ -93,7 +92,7 @@ log = logging.getLogger("uvicorn.error.tasks")
 
 
 # === Types ============================================================================
-# A task is a plain dict. The types are for type checkers and for /docs.
+# A task is a plain dict. The types are for type checkers, /docs and FastAPI's checks.
 
 Status = Literal["queued", "processing", "completed", "failed", "cancelled"]
 Priority = Literal["high", "normal", "low"]
@@ -126,7 +125,7 @@ class Task(TypedDict):
 
     `progress` is a percentage, 100 only if the task is completed. `result` is set if it
     is completed, and `error` if it has failed. Times are in UTC (RFC 3339). A finished
-    task can be read at least until `expires_at`.
+    task can be read until `expires_at`, unless the server's clock is changed.
     """
 
     task_id: str
@@ -145,7 +144,7 @@ class Task(TypedDict):
 
 # === Settings =========================================================================
 
-# The upper bound in seconds is about 32 years. Added to a date, it cannot overflow.
+# The upper bound in seconds is about 32 years, so `expires_at` is always a valid date.
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Seconds = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
 
@@ -167,7 +166,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     retention: Seconds = 600
     cleanup_interval: Seconds = 30
     task_timeout: Seconds = 60
-    # How long a task has to wait to make up for one level of priority.
+    # A level of priority is worth this much waiting time.
     priority_step: Seconds = 30
     max_body: Count = 65_536  # bytes
 
@@ -175,7 +174,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
 def read_settings() -> Settings:
     """Return the settings from the environment, or exit and name the invalid ones.
 
-    `workers` is TASKS_WORKERS. Other names are ignored: Kubernetes may set TASKS_PORT.
+    `workers` is TASKS_WORKERS. Other variables are ignored, even if they begin like this.
     """
     names = {f"TASKS_{name.upper()}": name for name in Settings.model_fields}
     values = {names[key]: value for key, value in environ.items() if key in names}
@@ -186,11 +185,10 @@ def read_settings() -> Settings:
 
 
 # === Errors ===========================================================================
-# The API turns a ManagerError into an HTTP response.
 
 
 class ManagerError(Exception):
-    """The manager cannot do what it was asked to do."""
+    """The manager cannot do what it was asked for. The API turns this into a response."""
 
 
 class TaskNotFoundError(ManagerError):
@@ -238,7 +236,7 @@ async def execute(task_type: str, parameters: Parameters, report: Report) -> Any
             await simulate(5, report)
             raise TaskFailedError(parameters["message"])
         case _:
-            # Otherwise, a type without a `case` would complete with the result None.
+            # Without this, a type without a `case` would complete with the result None.
             raise NotImplementedError(f"no work for task type {task_type!r}")
 
 
@@ -270,11 +268,11 @@ class RateLimiter:
     def __init__(self, limit: int, window: float) -> None:
         self._limit = limit
         self._window = window
-        # When the requests of each client leave the window. No deque is empty.
+        # When the requests of each client leave the window. `hit` leaves no deque empty.
         self._leaving: dict[str, deque[float]] = {}
-        # As written, the methods never wait while they hold the lock, so they would be
-        # atomic even without it. It becomes necessary as soon as there is an `await`
-        # between a check and its change, for example a query of a database. Otherwise:
+        # Only one coroutine at a time can be inside `async with self._lock`. There is no
+        # `await` inside, so the methods are atomic even without the lock. It becomes
+        # necessary as soon as there is one, such as a query of a database. Otherwise:
         #
         #     request 1: counts 9 requests, awaits the database
         #     request 2: counts 9 requests, awaits the database
@@ -308,7 +306,7 @@ class RateLimiter:
 # starve while high-priority tasks come in faster than they are finished. So each task
 # has a rank, which is the time of its submission plus a handicap of 30 s for `normal`
 # or 60 s for `low` (with a `priority_step` of 30). The task with the lowest rank is
-# next, so a low-priority task can be overtaken only in its first 60 s:
+# next, so only tasks of the next 60 s can overtake a low-priority task:
 #
 #     second 0   A is submitted, low:  rank 60
 #     second 59  B is submitted, high: rank 59, so it overtakes A
@@ -316,8 +314,8 @@ class RateLimiter:
 
 LEVELS: dict[Priority, int] = {"high": 0, "normal": 1, "low": 2}
 
-# A rank, a number, and the id of a task. Python compares tuples from left to right, and
-# the numbers ascend. So tasks with the same rank run in the order of their submission.
+# A rank, an ascending number, and the id of a task. Tuples are compared from left to
+# right, so tasks with the same rank run in the order of their submission.
 Entry = tuple[float, int, str]
 
 
@@ -325,11 +323,13 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
     """A bounded queue that returns the smallest entry first, and can remove any."""
 
     def remove(self, task_id: str) -> None:
-        """Remove the entry of a cancelled task. Otherwise, while the workers are busy:
+        """Remove the entry of a cancelled task.
 
-        clients: submit 100 tasks and cancel all of them
-        client:  submits another task
-        server:  responds with 503, the queue is full   <-- of cancelled tasks
+        Otherwise, while the workers are busy:
+
+            clients: submit 100 tasks and cancel all of them
+            client:  submits another task
+            server:  responds with 503, the queue is full   <-- of cancelled tasks
         """
         # asyncio has no method for this. Take all entries out and put the others back.
         entries = [self.get_nowait() for _ in range(self.qsize())]
@@ -339,10 +339,9 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
 
 
 # === Task manager =====================================================================
-# Requests, workers and the timer change the same dicts. No lock is needed, because there
-# is no `await` in the middle of a change.
+# No lock is needed here, because there is no `await` in the middle of a change.
 
-BUG: TaskError = {"code": "internal_error", "message": "An internal error occurred."}
+INTERNAL: TaskError = {"code": "internal_error", "message": "An internal error occurred."}
 TIMEOUT: TaskError = {"code": "timeout", "message": "The task took too long."}
 
 
@@ -354,9 +353,8 @@ def timestamp(seconds: float) -> str:
 def json_copy(value: Any) -> Any:
     """Return a plain JSON copy of a value, or raise an exception if there is none.
 
-    Results are stored like this, because a value that cannot be sent would break every
-    list that contains it. `from_json` refuses lone surrogates and deep nesting, which
-    `json.dumps` lets pass.
+    Results are stored as such copies, because one that cannot be sent would break every
+    list. Unlike `json.dumps`, `from_json` refuses lone surrogates and deep nesting.
     """
     return from_json(json.dumps(value, allow_nan=False))
 
@@ -387,7 +385,7 @@ class TaskManager:
         self._execute = execute
         # All tasks by id, in the order of their submission.
         self._tasks: dict[str, Task] = {}
-        # The tasks that wait for a worker, and the numbers of their entries.
+        # The tasks that wait for a worker, and a counter that numbers them.
         self._queue = TaskQueue(settings.queue_size)
         self._numbers = itertools.count()
         # The work of the tasks that have a worker.
@@ -433,9 +431,9 @@ class TaskManager:
             work:   ends; `_set_status` finds no Event to set
             client: registers an Event and waits   <-- although the task has finished
 
-        Each change has an Event of its own. A single Event for a task would stay set
-        after the first change, and later polls would not wait. Clearing it could undo a
-        `set` in Python 3.10 and 3.11, where `wait_for` starts to wait a moment later.
+        Each change has an Event of its own. A single Event would stay set after the first
+        change, and later polls would not wait. Calling `clear` after `set` is no remedy:
+        before Python 3.12, `wait_for` waits in a new asyncio task, which can start late.
         """
         task = self.get(task_id)
         if task["status"] in FINAL or not self._open:
@@ -448,8 +446,8 @@ class TaskManager:
     def iterate(self, status: Status | None = None) -> Iterator[Task]:
         """Return an iterator over all tasks, or those with a status, the newest first.
 
-        It iterates over a copy, because the dict can change while the caller awaits
-        something. (Each task is sent as it is when it is reached.) Otherwise:
+        It iterates over a list (of the tasks themselves, not of copies), because the dict
+        can change while the caller awaits something. Otherwise:
 
             server: sends some tasks of a list, awaits a slow client
             client: submits a task, which is added to the dict
@@ -461,7 +459,7 @@ class TaskManager:
     def cancel(self, task_id: str) -> Task:
         """Cancel a task and return it, or raise TaskNotFoundError or TaskFinishedError."""
         task = self.get(task_id)
-        if task["status"] in ("completed", "failed"):
+        if task["status"] in ("completed", "failed"):  # it can already be cancelled
             raise TaskFinishedError(f"The task has already {task['status']}.")
         if task["status"] == "queued":
             self._queue.remove(task_id)
@@ -469,7 +467,7 @@ class TaskManager:
         return task
 
     def count_tasks(self) -> dict[Status, int]:
-        """Return the number of tasks by status, or raise UnavailableError."""
+        """Return the number of tasks by status, or raise UnavailableError (for /health)."""
         self._check_open()
         counts = dict.fromkeys(TRANSITIONS, 0)
         for task in self._tasks.values():
@@ -502,14 +500,13 @@ class TaskManager:
             task["progress"] = 100
         now = time.time()
         if status in FINAL:
-            # These times are shown to people. Deadlines are measured on the event loop's
-            # clock, because the wall clock can be changed.
+            # Clients see the wall clock. Deadlines are measured on the event loop's clock,
+            # because the wall clock can be changed.
             task["finished_at"] = timestamp(now)
             task["expires_at"] = timestamp(now + self._settings.retention)
             self._expiring.append((loop_time() + self._settings.retention, task_id))
         else:
             task["started_at"] = timestamp(now)
-
         if task_id in self._changes:
             self._changes.pop(task_id).set()
         log.info("task %s %s", task_id, status)
@@ -541,14 +538,14 @@ class TaskManager:
     async def run(self) -> None:
         """Run the workers until cancelled. After that, all tasks are final.
 
-        `gather` raises the exception of a worker that fails. Without it:
+        `gather` raises the exception of a worker that fails. Without `gather`:
 
             workers: fail one after the other, because of a bug in this class
             clients: submit tasks and poll them        <-- but no task is processed
 
-        They are not restarted, which would hide the bug, and /health responds with 503.
+        Restarting the workers would hide the bug. Instead, /health responds with 503.
         """
-        # The old queue belongs to the event loop of a former run, and can hold its tasks.
+        # If `run` has run before, the old queue belongs to the event loop of that run.
         self._queue = TaskQueue(self._settings.queue_size)
         workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
         self._open = True
@@ -576,9 +573,10 @@ class TaskManager:
     async def _worker(self) -> None:
         """Process one task after the other, until cancelled.
 
-        The work is an asyncio task of its own. `asyncio.wait` raises none of its
-        exceptions, so a CancelledError here always means that the worker is cancelled.
-        A worker that awaits the work directly cannot easily tell the two apart:
+        The work is an asyncio task of its own, and `asyncio.wait` raises none of its
+        exceptions. So no failure of the work can end the worker, and a CancelledError
+        here always means that the worker is cancelled. A worker that awaits the work
+        directly cannot easily tell its own cancellation from that of the work:
 
             client: sends DELETE, which cancels the work
             worker: `await work` raises CancelledError; the worker catches it, goes on
@@ -599,15 +597,14 @@ class TaskManager:
             if not work.done():
                 self._stop(task, "failed", TIMEOUT)
                 await self._wait_for_clean_up([work])
-                await asyncio.wait({work})  # it keeps its worker until it ends
+                await asyncio.wait({work})  # the worker takes no other task until then
             del self._running[task_id]
-
             if task["status"] not in FINAL:
                 # The work has cancelled itself, or raised something that `_work` does
                 # not catch, such as its own kind of BaseException.
                 exc = None if work.cancelled() else work.exception()
                 log.error("task %s: its work ended unexpectedly", task_id, exc_info=exc)
-                self._set_status(task, "failed", error=BUG)
+                self._set_status(task, "failed", error=INTERNAL)
 
     async def _work(self, task: Task) -> None:
         """Do the work of a task, and store how it has ended."""
@@ -619,7 +616,7 @@ class TaskManager:
             result = json_copy(result)
         except asyncio.CancelledError:
             # Usually, `_stop` has made the task final before. Raise the exception again,
-            # because otherwise the asyncio task would end as if it was not cancelled.
+            # because otherwise `work.cancelled()` would be false for the worker.
             log.info("task %s: its work has stopped", task["task_id"])
             raise
         except TaskFailedError as exc:
@@ -630,7 +627,7 @@ class TaskManager:
         except (Exception, SystemExit):
             # SystemExit, for example from `sys.exit()`, would end the event loop.
             log.exception("task %s: its work raised an exception", task["task_id"])
-            self._set_status(task, "failed", error=BUG)
+            self._set_status(task, "failed", error=INTERNAL)
         else:
             self._set_status(task, "completed", result=result)
 
@@ -644,18 +641,19 @@ class TaskManager:
 
 async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) -> None:
     """Remove expired tasks and quiet clients every `interval` seconds, until cancelled."""
+    # Nothing else would remove a task that no client asks for again.
     while True:
         await asyncio.sleep(interval)
         try:
             manager.expire()
             await limiter.sweep()
         except Exception:
-            # Otherwise, the timer would end, and old tasks would fill the memory.
+            # Without this, the first exception would end the timer.
             log.exception("the clean-up failed")
 
 
 # === Models ===========================================================================
-# The HTTP API begins here. Clients send models, which pydantic checks, and get dicts.
+# The HTTP API begins here. pydantic checks requests with models. Responses are dicts.
 
 
 class StrictModel(BaseModel, extra="forbid"):
@@ -722,7 +720,7 @@ class Accepted(TypedDict):
 
 
 class Error(TypedDict):
-    """Why a request failed. `errors` are up to ten invalid fields: `loc` and `msg`."""
+    """Why a request failed. `errors` lists up to ten invalid fields (`loc`, `msg`)."""
 
     detail: str
     errors: NotRequired[list[dict[str, Any]]]
@@ -750,12 +748,12 @@ class RateLimitMiddleware:
         self.limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The path can begin with the prefix of a proxy or a mount.
+        # The path can begin with the prefix of a proxy or a mount, and a slash after it.
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or not path.startswith("/tasks"):
+        if scope["type"] != "http" or not path.lstrip("/").startswith("tasks"):
             await self.app(scope, receive, send)
             return
-        # The address of the peer, or of its client if uvicorn trusts the peer as a proxy.
+        # The address of the client, from X-Forwarded-For only if uvicorn trusts the proxy.
         # A Unix socket has none, so all its clients share a limit.
         host, _ = scope.get("client") or ("", 0)
         seconds = await self.limiter.hit(host)
@@ -775,16 +773,16 @@ class BodyLimitMiddleware:
         self.max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # No route reads the body of a GET, but StreamingResponse calls `receive` to
-        # notice a disconnect. An exception there would cut off the list.
+        # A GET is not limited, because StreamingResponse calls `receive` to notice a
+        # disconnect, and an exception there would cut off the list.
         if scope["type"] != "http" or scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
         size = 0
 
         async def limited_receive() -> Message:
-            # Bytes are counted, because a chunked body has no Content-Length. FastAPI
-            # turns an HTTPException into a response here too, as it does in a route.
+            # Bytes are counted, because a chunked body has no Content-Length. FastAPI is
+            # what calls this function, so it turns the HTTPException into a response.
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
@@ -864,7 +862,7 @@ async def stream_tasks(tasks: Iterator[Task]) -> AsyncIterator[bytes]:
     while batch:
         yield separator + b",\n".join(to_json(task) for task in batch)
         separator = b",\n"
-        # Let others run. A `yield` alone does so only if the client is slow.
+        # Let others run. At the `yield`, they run only if the client reads slowly.
         await asyncio.sleep(0)
         batch = list(itertools.islice(tasks, 100))
     yield b"\n]\n"
@@ -896,8 +894,8 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
     """Run a coroutine as an asyncio task while the body of `async with` runs."""
     asyncio_task = asyncio.create_task(coroutine)
     try:
-        # Let it start, so that the workers accept tasks before the first request, and so
-        # that `cancel` below reaches the `finally` of the coroutine (fact 3).
+        # Let it start, so that `cancel` below reaches its `finally` (fact 3). It also means
+        # that the workers accept tasks before the first request.
         await asyncio.sleep(0)
         yield
     finally:
@@ -938,10 +936,12 @@ def create_app(settings: Settings | None = None, execute: Execute = execute) -> 
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        # uvicorn leaves this block when all responses have been sent. On Ctrl-C, for
-        # example, `begin_shutdown` therefore ends the long polls, which would delay the
-        # rest by up to 10 s. Then the block is left from the bottom to the top: the
-        # timer is cancelled, and finally `run`, which cancels the tasks and the workers.
+        # A shutdown has three steps:
+        # 1. A signal calls `begin_shutdown`, which ends the long polls. Otherwise, each
+        #    of them could delay the next step by up to 10 s.
+        # 2. uvicorn waits for the open responses, then leaves this block.
+        # 3. The block is left from the bottom to the top: the timer is cancelled, then
+        #    `run`, which cancels the tasks and the workers.
         async with (
             in_background(manager.run()),
             in_background(clean_up(manager, limiter, settings.cleanup_interval)),
@@ -953,9 +953,9 @@ def create_app(settings: Settings | None = None, execute: Execute = execute) -> 
     app = FastAPI(
         title="Task manager",
         lifespan=lifespan,
-        # With a `default`, FastAPI does not document its own 422, which never happens.
+        # A 422 never happens (see `handle_error`). The `default` keeps it out of /docs.
         responses={"default": {"model": Error, "description": "Any other error."}},
-        generate_unique_id_function=lambda route: route.name,
+        generate_unique_id_function=lambda route: route.name,  # for generated clients
     )
     app.state.manager = manager  # for tests
     app.add_exception_handler(RequestValidationError, handle_error)
