@@ -20,14 +20,14 @@ server. The rest is the HTTP API around them. The path of a task:
     TaskManager._set_status   called at each change of the status, wakes waiting clients
 
 A *task* is a dict. An *asyncio task* is what `asyncio.create_task` returns. The *work*
-of a task is the asyncio task that computes its result. In comments, the arrow `<--`
-marks the step that goes wrong without a precaution.
+of a task is the asyncio task that computes its result. In comments that show what would
+happen without a precaution, an arrow `<--` marks the step at which things go wrong.
 
 FOUR FACTS ABOUT ASYNCIO
 
 1.  **Code between two awaits is atomic.** The event loop runs all coroutines in one
-    thread. It can switch to another one only at an `await`, an `async with`, an
-    `async for`, or a `yield` in an async generator.
+    thread. It switches between them only at an `await`, an `async with`, an
+    `async for`, or a `yield` in an async generator, where the caller can await.
 
         if len(tasks) < 100:        # These two lines cannot be interrupted, so there
             tasks.append(task)      # are never more than 100 tasks. No lock is needed.
@@ -36,8 +36,8 @@ FOUR FACTS ABOUT ASYNCIO
             await save(task)        # Another coroutine runs here and counts 99 as well.
             tasks.append(task)      # <-- Both append a task. Now there are 101.
 
-2.  **There are two kinds of waiting for asyncio tasks.** `await asyncio_task` returns
-    its result or raises its exception. `await asyncio.gather(...)` does this for
+2.  **There are two ways to wait for asyncio tasks.** `await asyncio_task` returns its
+    result or raises its exception. `await asyncio.gather(...)` does the same for
     several, and raises the first exception. If the *waiting* coroutine is cancelled,
     both also cancel what they wait for. `await asyncio.wait(...)` only waits.
 
@@ -53,13 +53,14 @@ FOUR FACTS ABOUT ASYNCIO
 WHAT THIS FILE DOES NOT DO
 
 Tasks are lost when the process ends. There can be only one process, because a second
-one would have tasks of its own. There are no users: every client can see and cancel
-every task. README.md lists more assumptions, and names systems without these limits.
+one would have its own tasks. There are no users: every client can see and cancel every
+task. README.md lists more assumptions, and alternatives without these limits.
 
 A shutdown cancels all tasks, and usually takes less than a second. A client that stops
 in the middle of a request or a response can delay it without limit, unless uvicorn is
-started with `--timeout-graceful-shutdown 5`. Work that ignores its cancellation keeps
-its worker, delays a shutdown by 5 s, and can keep the process from ending after Ctrl-C.
+started with `--timeout-graceful-shutdown 5`. Cancelled work has 5 s to clean up. Work
+that ignores its cancellation keeps its worker, and after Ctrl-C (not after SIGTERM), it
+keeps the process from ending, as a thread does.
 """
 
 import asyncio
@@ -92,7 +93,7 @@ log = logging.getLogger("uvicorn.error.tasks")
 
 
 # === Types ============================================================================
-# A task is a plain dict. The types are for type checkers, /docs and FastAPI's checks.
+# A task is a dict, stored as it is sent. Its types are for type checkers and FastAPI.
 
 Status = Literal["queued", "processing", "completed", "failed", "cancelled"]
 Priority = Literal["high", "normal", "low"]
@@ -112,8 +113,8 @@ FINAL = [status for status, following in TRANSITIONS.items() if not following]
 
 
 class TaskError(TypedDict):
-    """Why a task failed: the work could not be done (`task_failed`), took too long
-    (`timeout`), or has a bug, which only the server's log describes (`internal_error`).
+    """Why a task failed: its work could not be done (`task_failed`), took too long
+    (`timeout`), or has a bug, which is described only in the log (`internal_error`).
     """
 
     code: Literal["task_failed", "timeout", "internal_error"]
@@ -144,7 +145,7 @@ class Task(TypedDict):
 
 # === Settings =========================================================================
 
-# The upper bound in seconds is about 32 years, so `expires_at` is always a valid date.
+# Seconds are limited to about 32 years, so that `expires_at` is always a valid date.
 Count = Annotated[int, Field(ge=1, le=1_000_000_000)]
 Seconds = Annotated[float, Field(ge=0.1, le=1_000_000_000)]
 
@@ -166,7 +167,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
     retention: Seconds = 600
     cleanup_interval: Seconds = 30
     task_timeout: Seconds = 60
-    # A level of priority is worth this much waiting time.
+    # Waiting this long outweighs one level of priority.
     priority_step: Seconds = 30
     max_body: Count = 65_536  # bytes
 
@@ -174,7 +175,7 @@ class Settings(BaseModel, frozen=True, extra="forbid"):
 def read_settings() -> Settings:
     """Return the settings from the environment, or exit and name the invalid ones.
 
-    `workers` is TASKS_WORKERS. Other variables are ignored, even if they begin like this.
+    `workers` is TASKS_WORKERS. Other variables, such as TASKS_PORT, are ignored.
     """
     names = {f"TASKS_{name.upper()}": name for name in Settings.model_fields}
     values = {names[key]: value for key, value in environ.items() if key in names}
@@ -188,7 +189,7 @@ def read_settings() -> Settings:
 
 
 class ManagerError(Exception):
-    """The manager cannot do what it was asked for. The API turns this into a response."""
+    """The manager cannot do what it is asked to do. The API responds with an error."""
 
 
 class TaskNotFoundError(ManagerError):
@@ -208,8 +209,8 @@ class TaskFailedError(Exception):
 
 
 # === Work =============================================================================
-# Replace this section with your own work. A new task type needs a `case` here, and under
-# "Models" two models, a place in the union `Submission`, and an example.
+# Replace this section with your own work. A new task type needs a `case` here, and two
+# models, a place in `Submission`, and an example under "Models".
 
 Report = Callable[[float], None]
 Execute = Callable[[str, Parameters, Report], Awaitable[Any]]
@@ -249,8 +250,9 @@ async def simulate(seconds: float, report: Report) -> None:
 
 # === Rate limiter =====================================================================
 # A sliding window: for each client, a deque holds the times at which its requests leave
-# the window. New times are appended on the right, old ones are removed on the left, and
-# a deque is fast at both ends. A counter that is reset every minute would be wrong:
+# the window, 60 s after they arrive. New times are appended on the right, old ones are
+# removed on the left, and a deque is fast at both ends. A counter that is reset every
+# minute would be wrong:
 #
 #     11:59:59  client:  sends 10 requests, which count for the first minute
 #     12:00:00  limiter: resets the counter
@@ -258,7 +260,7 @@ async def simulate(seconds: float, report: Report) -> None:
 
 
 def loop_time() -> float:
-    """Return the event loop's time in seconds, which never jumps like a wall clock."""
+    """Return the time in seconds of the event loop's clock, which never jumps."""
     return asyncio.get_running_loop().time()
 
 
@@ -268,11 +270,11 @@ class RateLimiter:
     def __init__(self, limit: int, window: float) -> None:
         self._limit = limit
         self._window = window
-        # When the requests of each client leave the window. `hit` leaves no deque empty.
+        # By client: the times at which requests leave the window.
         self._leaving: dict[str, deque[float]] = {}
-        # Only one coroutine at a time can be inside `async with self._lock`. There is no
-        # `await` inside, so the methods are atomic even without the lock. It becomes
-        # necessary as soon as there is one, such as a query of a database. Otherwise:
+        # Only one coroutine at a time can be inside `async with self._lock`. There is
+        # no `await` inside, so the methods are atomic even without the lock. It becomes
+        # necessary with the first one, such as a database query. Without the lock:
         #
         #     request 1: counts 9 requests, awaits the database
         #     request 2: counts 9 requests, awaits the database
@@ -287,7 +289,7 @@ class RateLimiter:
             while times and times[0] <= now:
                 times.popleft()
             if len(times) >= self._limit:
-                # Rounded up, because after a shorter wait it would be refused again.
+                # Round up. After a shorter wait, the request would be refused again.
                 return math.ceil(times[0] - now)
             times.append(now + self._window)
             return 0
@@ -297,7 +299,7 @@ class RateLimiter:
         async with self._lock:
             now = loop_time()
             for client, times in list(self._leaving.items()):
-                if times[-1] <= now:
+                if times[-1] <= now:  # `hit` never leaves a deque empty
                     del self._leaving[client]
 
 
@@ -325,11 +327,11 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
     def remove(self, task_id: str) -> None:
         """Remove the entry of a cancelled task.
 
-        Otherwise, while the workers are busy:
+        If it stayed in the queue, with busy workers:
 
             clients: submit 100 tasks and cancel all of them
             client:  submits another task
-            server:  responds with 503, the queue is full   <-- of cancelled tasks
+            server:  responds with 503, the queue is full   <-- only cancelled tasks
         """
         # asyncio has no method for this. Take all entries out and put the others back.
         entries = [self.get_nowait() for _ in range(self.qsize())]
@@ -353,8 +355,8 @@ def timestamp(seconds: float) -> str:
 def json_copy(value: Any) -> Any:
     """Return a plain JSON copy of a value, or raise an exception if there is none.
 
-    Results are stored as such copies, because one that cannot be sent would break every
-    list. Unlike `json.dumps`, `from_json` refuses lone surrogates and deep nesting.
+    Results are stored as such copies, because a result that is not JSON would break
+    every list. `from_json` refuses lone surrogates, and more than 200 levels.
     """
     return from_json(json.dumps(value, allow_nan=False))
 
@@ -390,9 +392,9 @@ class TaskManager:
         self._numbers = itertools.count()
         # The work of the tasks that have a worker.
         self._running: dict[str, asyncio.Task[None]] = {}
-        # For the clients that wait: the Event of the next change of a task.
+        # By task id: the Event that clients wait for.
         self._changes: dict[str, asyncio.Event] = {}
-        # When final tasks expire. Sorted, because the retention is the same for all.
+        # Expiry times of final tasks, in order, because all have the same retention.
         self._expiring: deque[tuple[float, str]] = deque()
         # True while the workers run and no shutdown has begun.
         self._open = False
@@ -421,19 +423,20 @@ class TaskManager:
         return self._tasks[task_id]
 
     async def wait(self, task_id: str) -> Task:
-        """Return a task when its status changes, or raise TaskNotFoundError.
+        """Return a task after its next change, or raise TaskNotFoundError.
 
-        Return immediately if the status is final or the server is shutting down, and
-        after `long_poll` seconds without a change. There is no `await` between reading
-        the status and registering an Event. Otherwise:
+        Do not wait if the status is final or the server is shutting down, and wait at
+        most `long_poll` seconds. There is no `await` between reading the status and
+        registering an Event. With an `await`:
 
             client: reads "processing", awaits something
             work:   ends; `_set_status` finds no Event to set
             client: registers an Event and waits   <-- although the task has finished
 
-        Each change has an Event of its own. A single Event would stay set after the first
-        change, and later polls would not wait. Calling `clear` after `set` is no remedy:
-        before Python 3.12, `wait_for` waits in a new asyncio task, which can start late.
+        `_set_status` removes an Event when it sets it, so each change has its own. If
+        the Event stayed, it would stay set, and later polls would not wait. Clearing it
+        is no remedy: before Python 3.12, `wait_for` calls `change.wait()` in a new
+        asyncio task. If that starts after `set` and `clear`, it misses the change.
         """
         task = self.get(task_id)
         if task["status"] in FINAL or not self._open:
@@ -446,8 +449,8 @@ class TaskManager:
     def iterate(self, status: Status | None = None) -> Iterator[Task]:
         """Return an iterator over all tasks, or those with a status, the newest first.
 
-        It iterates over a list (of the tasks themselves, not of copies), because the dict
-        can change while the caller awaits something. Otherwise:
+        It iterates over a list of the tasks (not of copies), because the dict can
+        change while the caller awaits something. Without the list:
 
             server: sends some tasks of a list, awaits a slow client
             client: submits a task, which is added to the dict
@@ -459,7 +462,7 @@ class TaskManager:
     def cancel(self, task_id: str) -> Task:
         """Cancel a task and return it, or raise TaskNotFoundError or TaskFinishedError."""
         task = self.get(task_id)
-        if task["status"] in ("completed", "failed"):  # it can already be cancelled
+        if task["status"] in ("completed", "failed"):  # cancelling twice is fine
             raise TaskFinishedError(f"The task has already {task['status']}.")
         if task["status"] == "queued":
             self._queue.remove(task_id)
@@ -467,7 +470,7 @@ class TaskManager:
         return task
 
     def count_tasks(self) -> dict[Status, int]:
-        """Return the number of tasks by status, or raise UnavailableError (for /health)."""
+        """Return the number of tasks by status, or raise UnavailableError."""
         self._check_open()
         counts = dict.fromkeys(TRANSITIONS, 0)
         for task in self._tasks.values():
@@ -481,10 +484,10 @@ class TaskManager:
     def _set_status(
         self, task: Task, status: Status, result: Any = None, error: TaskError | None = None
     ) -> None:
-        """Change the status of a task and what depends on it, and wake waiting clients.
+        """Change a task's status and dependent fields, and wake waiting clients.
 
         This is the only place where a status changes. A change that the state diagram
-        does not allow is ignored, so a final status stays. Otherwise:
+        does not allow is ignored, so a final status stays. Without this check:
 
             client: sends DELETE; the response says "cancelled"
             work:   gets a CancelledError; its clean-up raises another exception
@@ -500,8 +503,7 @@ class TaskManager:
             task["progress"] = 100
         now = time.time()
         if status in FINAL:
-            # Clients see the wall clock. Deadlines are measured on the event loop's clock,
-            # because the wall clock can be changed.
+            # Clients see the wall clock. The deadline uses a clock that never jumps.
             task["finished_at"] = timestamp(now)
             task["expires_at"] = timestamp(now + self._settings.retention)
             self._expiring.append((loop_time() + self._settings.retention, task_id))
@@ -514,7 +516,7 @@ class TaskManager:
     def _stop(self, task: Task, status: Status, error: TaskError | None = None) -> None:
         """Make a task final, then cancel its work."""
         if task["status"] in FINAL:
-            return  # a second CancelledError would interrupt the clean-up of the work
+            return  # cancelled again, the work could not finish its clean-up
         self._set_status(task, status, error=error)
         if task["task_id"] in self._running:
             self._running[task["task_id"]].cancel()
@@ -528,7 +530,7 @@ class TaskManager:
             task["progress"] = min(int(percent), 99)
 
     def expire(self) -> None:
-        """Remove the tasks whose retention has ended."""
+        """Remove the tasks that have expired."""
         now = loop_time()
         while self._expiring and self._expiring[0][0] <= now:
             _, task_id = self._expiring.popleft()
@@ -545,7 +547,7 @@ class TaskManager:
 
         Restarting the workers would hide the bug. Instead, /health responds with 503.
         """
-        # If `run` has run before, the old queue belongs to the event loop of that run.
+        # A queue belongs to one event loop, and an app can be started again in another.
         self._queue = TaskQueue(self._settings.queue_size)
         workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
         self._open = True
@@ -554,14 +556,14 @@ class TaskManager:
         except Exception:
             log.critical("a worker failed, so all workers stop", exc_info=True)
         finally:
-            # A shutdown gets here with a CancelledError, and `gather` has cancelled the
-            # workers. After a failure, the other workers still run.
+            # At a shutdown, `gather` has already cancelled the workers. After a
+            # failure, the other workers still run.
             self.begin_shutdown()
             for task in self._tasks.values():
                 self._stop(task, "cancelled")
             for worker in workers:
                 worker.cancel()
-            await self._wait_for_clean_up([*workers, *self._running.values()])
+            await self._wait_until_stopped([*workers, *self._running.values()])
             self._running.clear()
 
     def begin_shutdown(self) -> None:
@@ -571,7 +573,7 @@ class TaskManager:
             change.set()
 
     async def _worker(self) -> None:
-        """Process one task after the other, until cancelled.
+        """Process tasks one at a time, until cancelled.
 
         The work is an asyncio task of its own, and `asyncio.wait` raises none of its
         exceptions. So no failure of the work can end the worker, and a CancelledError
@@ -587,7 +589,7 @@ class TaskManager:
         while True:
             _, _, task_id = await self._queue.get()
             # There is no `await` until the work is in `_running`. So `cancel` finds
-            # each task either in the queue or there.
+            # each task either in the queue or in `_running`.
             task = self._tasks[task_id]
             self._set_status(task, "processing")
             work = asyncio.create_task(self._work(task))
@@ -596,27 +598,26 @@ class TaskManager:
             await asyncio.wait({work}, timeout=self._settings.task_timeout)
             if not work.done():
                 self._stop(task, "failed", TIMEOUT)
-                await self._wait_for_clean_up([work])
-                await asyncio.wait({work})  # the worker takes no other task until then
+                await self._wait_until_stopped([work])
+                await asyncio.wait({work})  # without a limit: one worker, one work
             del self._running[task_id]
             if task["status"] not in FINAL:
-                # The work has cancelled itself, or raised something that `_work` does
-                # not catch, such as its own kind of BaseException.
+                # The work has cancelled itself, or raised a BaseException that `_work`
+                # does not catch.
                 exc = None if work.cancelled() else work.exception()
                 log.error("task %s: its work ended unexpectedly", task_id, exc_info=exc)
                 self._set_status(task, "failed", error=INTERNAL)
 
     async def _work(self, task: Task) -> None:
-        """Do the work of a task, and store how it has ended."""
-        # A copy, because the work may change its parameters.
-        parameters = json_copy(task["parameters"])
+        """Do the work of a task, and store its outcome."""
+        parameters = json_copy(task["parameters"])  # the work may change them
         report = partial(self._report, task)
         try:
             result = await self._execute(task["task_type"], parameters, report)
             result = json_copy(result)
         except asyncio.CancelledError:
-            # Usually, `_stop` has made the task final before. Raise the exception again,
-            # because otherwise `work.cancelled()` would be false for the worker.
+            # Usually, `_stop` has made the task final before. Raise the exception again
+            # (fact 3), so that code after this `try` does not run for cancelled work.
             log.info("task %s: its work has stopped", task["task_id"])
             raise
         except TaskFailedError as exc:
@@ -631,17 +632,18 @@ class TaskManager:
         else:
             self._set_status(task, "completed", result=result)
 
-    async def _wait_for_clean_up(self, asyncio_tasks: list[asyncio.Task[None]]) -> None:
-        """Wait for cancelled asyncio tasks. Log the work that has not ended after 5 s."""
+    async def _wait_until_stopped(self, asyncio_tasks: list[asyncio.Task[None]]) -> None:
+        """Wait up to 5 s for cancelled asyncio tasks, and log the work that still runs."""
         _, pending = await asyncio.wait(asyncio_tasks, timeout=5)
         for task_id, work in self._running.items():
             if work in pending:
-                log.warning("task %s: its work ignores its cancellation", task_id)
+                log.warning("task %s: its work has not stopped after 5 s", task_id)
 
 
 async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) -> None:
-    """Remove expired tasks and quiet clients every `interval` seconds, until cancelled."""
-    # Nothing else would remove a task that no client asks for again.
+    """Remove expired tasks and idle clients every `interval` seconds, until cancelled."""
+    # Nothing else removes tasks. Without this timer, they would fill the memory, and
+    # from `max_tasks` tasks on, `submit` would refuse every new one.
     while True:
         await asyncio.sleep(interval)
         try:
@@ -657,7 +659,7 @@ async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) 
 
 
 class StrictModel(BaseModel, extra="forbid"):
-    """A model that refuses unknown fields, so that a misspelt one is not ignored."""
+    """A model that rejects unknown fields, so that a typo is not ignored."""
 
 
 # `strict` refuses booleans and strings. Integers become floats.
@@ -734,10 +736,10 @@ class Error(TypedDict):
 #     uvicorn -> RateLimitMiddleware -> BodyLimitMiddleware -> FastAPI -> a route
 #
 # The rate limit is not a dependency of the routes, because it counts all requests under
-# /tasks, also those without a route or with a body that is not JSON. Otherwise:
+# /tasks, even if there is no route or the JSON is malformed. As a dependency:
 #
-#     client:  sends POST /tasks with a malformed body
-#     FastAPI: reads the body, responds with 400, calls no dependency  <-- not counted
+#     client:  sends POST /tasks with malformed JSON
+#     FastAPI: responds with 400 before it calls a dependency   <-- not counted
 
 
 class RateLimitMiddleware:
@@ -748,13 +750,13 @@ class RateLimitMiddleware:
         self.limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # The path can begin with the prefix of a proxy or a mount, and a slash after it.
+        # Behind a proxy or in a mount, the path is, for example, /api/tasks.
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
         if scope["type"] != "http" or not path.lstrip("/").startswith("tasks"):
             await self.app(scope, receive, send)
             return
-        # The address of the client, from X-Forwarded-For only if uvicorn trusts the proxy.
-        # A Unix socket has none, so all its clients share a limit.
+        # The client's address, from X-Forwarded-For if uvicorn trusts the proxy. A Unix
+        # socket has none, so all its clients share a limit.
         host, _ = scope.get("client") or ("", 0)
         seconds = await self.limiter.hit(host)
         if seconds == 0:
@@ -766,23 +768,23 @@ class RateLimitMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Responds with 413 to a large body, because FastAPI reads it into memory."""
+    """Responds with 413 if FastAPI reads a large body, which it keeps in memory."""
 
     def __init__(self, app: ASGIApp, max_body: int) -> None:
         self.app = app
         self.max_body = max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # A GET is not limited, because StreamingResponse calls `receive` to notice a
-        # disconnect, and an exception there would cut off the list.
+        # A GET is not limited. StreamingResponse calls `receive` to notice a
+        # disconnect, and an exception in `receive` would cut off the list.
         if scope["type"] != "http" or scope["method"] == "GET":
             await self.app(scope, receive, send)
             return
         size = 0
 
         async def limited_receive() -> Message:
-            # Bytes are counted, because a chunked body has no Content-Length. FastAPI is
-            # what calls this function, so it turns the HTTPException into a response.
+            # Count the bytes, because a chunked body has no Content-Length. FastAPI
+            # calls this function, and turns the HTTPException into a response.
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
@@ -794,7 +796,7 @@ class BodyLimitMiddleware:
 
 
 # === Routes ===========================================================================
-# Each route converts a request into a call of the manager. All are `async`, because
+# Each route translates a request into a call of the manager. All are `async`, because
 # FastAPI calls a plain function in a thread, where code is not atomic (fact 1).
 
 ERRORS = {
@@ -802,7 +804,7 @@ ERRORS = {
     404: "There is no such task. It may have expired.",
     409: "The task has already completed or failed.",
     413: "The body is too large.",
-    429: "There were too many requests. `Retry-After` says how many seconds to wait.",
+    429: "Too many requests. `Retry-After` is the number of seconds to wait.",
     503: "The server does not accept tasks at the moment. See `Retry-After`.",
 }
 
@@ -813,8 +815,6 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def add_routes(app: FastAPI, manager: TaskManager) -> None:
-    """Add the routes to an app."""
-
     @app.post("/tasks", status_code=202, responses=error_responses(400, 413, 429, 503))
     async def submit_task(body: Submission, request: Request, response: Response) -> Accepted:
         """Queue a task, and return its id. Poll the task to get its result."""
@@ -839,7 +839,7 @@ def add_routes(app: FastAPI, manager: TaskManager) -> None:
 
     @app.delete("/tasks/{task_id}", responses=error_responses(400, 404, 409, 429))
     async def cancel_task(task_id: UUID) -> Task:
-        """Cancel a task and return it. It is not an error if it is already cancelled."""
+        """Cancel a task and return it. A task can be cancelled more than once."""
         return manager.cancel(str(task_id))
 
     @app.head("/health", include_in_schema=False)
@@ -862,18 +862,18 @@ async def stream_tasks(tasks: Iterator[Task]) -> AsyncIterator[bytes]:
     while batch:
         yield separator + b",\n".join(to_json(task) for task in batch)
         separator = b",\n"
-        # Let others run. At the `yield`, they run only if the client reads slowly.
+        # Let others run. The `yield` lets them run only if the client reads slowly.
         await asyncio.sleep(0)
         batch = list(itertools.islice(tasks, 100))
     yield b"\n]\n"
 
 
 async def handle_error(_: Request, exc: Exception) -> JSONResponse:
-    """Return the response for an exception that a request has caused."""
+    """Return the response for an exception that a request has raised."""
     match exc:
         case RequestValidationError():
-            # Only `loc` and `msg`, because FastAPI's own handler also repeats the `input`.
-            # If that is NaN or half of a surrogate pair, the response would be a 500.
+            # FastAPI's own handler repeats the `input`. If that is NaN or a lone
+            # surrogate, it cannot be sent, and the response is a 500.
             errors = []
             for error in exc.errors()[:10]:
                 errors.append({"loc": error["loc"], "msg": error["msg"]})
@@ -894,8 +894,8 @@ async def in_background(coroutine: Coroutine[Any, Any, None]) -> AsyncIterator[N
     """Run a coroutine as an asyncio task while the body of `async with` runs."""
     asyncio_task = asyncio.create_task(coroutine)
     try:
-        # Let it start, so that `cancel` below reaches its `finally` (fact 3). It also means
-        # that the workers accept tasks before the first request.
+        # Let it start. Otherwise, `cancel` might skip its `finally` (fact 3), and the
+        # first request might come before `run` accepts tasks.
         await asyncio.sleep(0)
         yield
     finally:
@@ -915,8 +915,8 @@ async def on_signal(signum: int, callback: Callable[[], None]) -> AsyncIterator[
     loop = asyncio.get_running_loop()
 
     def handle(*args: Any) -> None:
-        # A signal handler can run in the middle of code that is otherwise atomic, so it
-        # only schedules the callback.
+        # A signal handler can run in the middle of code that is otherwise atomic, so
+        # the callback is not called here, but soon after.
         if not loop.is_closed():
             loop.call_soon_threadsafe(callback)
         former(*args)
@@ -937,11 +937,12 @@ def create_app(settings: Settings | None = None, execute: Execute = execute) -> 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # A shutdown has three steps:
-        # 1. A signal calls `begin_shutdown`, which ends the long polls. Otherwise, each
-        #    of them could delay the next step by up to 10 s.
-        # 2. uvicorn waits for the open responses, then leaves this block.
-        # 3. The block is left from the bottom to the top: the timer is cancelled, then
-        #    `run`, which cancels the tasks and the workers.
+        # 1. A signal calls `begin_shutdown`, which ends the long polls. Otherwise, step
+        #    2 would wait for them, for up to `long_poll` seconds.
+        # 2. uvicorn waits for the open responses, then leaves this block. If it left the
+        #    block first, these responses could show their tasks as cancelled.
+        # 3. The context managers exit in reverse order: the timer ends, then `run`,
+        #    which cancels the tasks and the workers, and waits for them.
         async with (
             in_background(manager.run()),
             in_background(clean_up(manager, limiter, settings.cleanup_interval)),
@@ -953,7 +954,7 @@ def create_app(settings: Settings | None = None, execute: Execute = execute) -> 
     app = FastAPI(
         title="Task manager",
         lifespan=lifespan,
-        # A 422 never happens (see `handle_error`). The `default` keeps it out of /docs.
+        # There are no 422s (see `handle_error`). `default` keeps them out of /docs.
         responses={"default": {"model": Error, "description": "Any other error."}},
         generate_unique_id_function=lambda route: route.name,  # for generated clients
     )

@@ -52,10 +52,10 @@ def check_first_task() -> None:
     """Paste the commands, and compare the task with the one that the README explains."""
     explained = block("see the diagram")
     with serving(port := 8000 + os.getpid() % 50_000):
-        script = block("tee task.json") + block("cut -d")
+        script = block("cut -d") + block("$ID?wait=true")
         output = run("bash", "-c", script.replace("127.0.0.1:8000", f"127.0.0.1:{port}"))
-    accepted, task = (json.loads(line) for line in output.splitlines())
-    assert accepted == {"task_id": task["task_id"], "status": "queued"}
+    task_id, task = output.splitlines()[0], json.loads(output.splitlines()[1])
+    assert task["task_id"] == task_id
     assert list(task) == re.findall(r'^  "(\w+)":', explained, re.MULTILINE)
     for name in ("task_type", "parameters", "priority", "status", "progress", "result", "error"):
         assert f'"{name}": {json.dumps(task[name])},' in explained, (name, task[name])
