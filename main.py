@@ -642,8 +642,7 @@ class TaskManager:
 
 async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) -> None:
     """Remove expired tasks and idle clients every `interval` seconds, until cancelled."""
-    # Nothing else removes tasks. Without this timer, they would fill the memory, and
-    # from `max_tasks` tasks on, `submit` would refuse every new one.
+    # Nothing else removes tasks. Once there are `max_tasks`, `submit` refuses new ones.
     while True:
         await asyncio.sleep(interval)
         try:
