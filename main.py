@@ -250,9 +250,9 @@ async def simulate(seconds: float, report: Report) -> None:
 
 # === Rate limiter =====================================================================
 # A sliding window: for each client, a deque holds the times at which its requests leave
-# the window, 60 s after they arrive. New times are appended on the right, old ones are
-# removed on the left, and a deque is fast at both ends. A counter that is reset every
-# minute would be wrong:
+# the window, `window` seconds after they arrive. New times are appended on the right,
+# old ones are removed on the left, and a deque is fast at both ends. A counter that is
+# reset every minute would be wrong:
 #
 #     11:59:59  client:  sends 10 requests, which count for the first minute
 #     12:00:00  limiter: resets the counter
@@ -327,7 +327,7 @@ class TaskQueue(asyncio.PriorityQueue[Entry]):
     def remove(self, task_id: str) -> None:
         """Remove the entry of a cancelled task.
 
-        If it stayed in the queue, with busy workers:
+        If it stayed in the queue while all workers are busy:
 
             clients: submit 100 tasks and cancel all of them
             client:  submits another task
