@@ -751,7 +751,7 @@ class RateLimitMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Behind a proxy or in a mount, the path is, for example, /api/tasks.
         path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
-        if scope["type"] != "http" or not path.lstrip("/").startswith("tasks"):
+        if scope["type"] != "http" or not path.startswith("/tasks"):
             await self.app(scope, receive, send)
             return
         # The client's address, from X-Forwarded-For if uvicorn trusts the proxy. A Unix
