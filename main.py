@@ -36,10 +36,10 @@ FOUR FACTS ABOUT ASYNCIO
             await save(task)        # Another coroutine runs here and counts 99 as well.
             tasks.append(task)      # <-- Both append a task. Now there are 101.
 
-2.  **There are two ways to wait for asyncio tasks.** `await asyncio_task` returns its
-    result or raises its exception. `await asyncio.gather(...)` does the same for
-    several, and raises the first exception. If the *waiting* coroutine is cancelled,
-    both also cancel what they wait for. `await asyncio.wait(...)` only waits.
+2.  **`await` passes on a cancellation.** `await asyncio_task` returns its result or
+    raises its exception. `await asyncio.gather(...)` does the same for several, and
+    raises the first exception. If the *waiting* coroutine is cancelled, so are they.
+    `await asyncio.wait(...)` only waits, and passes on nothing.
 
 3.  **Cancellation is a request.** `asyncio_task.cancel()` returns immediately. Soon
     after, `asyncio.CancelledError` is raised at the `await` where the asyncio task is
@@ -56,11 +56,11 @@ Tasks are lost when the process ends. There can be only one process, because a s
 one would have its own tasks. There are no users: every client can see and cancel every
 task. README.md lists more assumptions, and alternatives without these limits.
 
-A shutdown cancels all tasks, and usually takes less than a second. A client that stops
-in the middle of a request or a response can delay it without limit, unless uvicorn is
-started with `--timeout-graceful-shutdown 5`. Cancelled work has 5 s to clean up. Work
-that ignores its cancellation keeps its worker, and after Ctrl-C (not after SIGTERM), it
-keeps the process from ending, as a thread does.
+A shutdown cancels all tasks, and usually takes less than a second. It gives their work
+5 s to clean up. Work that ignores its cancellation keeps its worker. After Ctrl-C (not
+SIGTERM), it also keeps the process from ending. So does a thread. A client that stops
+in the middle of a request or a response can delay a shutdown without limit, unless
+uvicorn is started with `--timeout-graceful-shutdown 5`.
 """
 
 import asyncio
@@ -93,7 +93,7 @@ log = logging.getLogger("uvicorn.error.tasks")
 
 
 # === Types ============================================================================
-# A task is a dict, stored as it is sent. Its types are for type checkers and FastAPI.
+# A task is a dict, in the form that is sent. Type checkers and FastAPI use its types.
 
 Status = Literal["queued", "processing", "completed", "failed", "cancelled"]
 Priority = Literal["high", "normal", "low"]
@@ -126,7 +126,7 @@ class Task(TypedDict):
 
     `progress` is a percentage, 100 only if the task is completed. `result` is set if it
     is completed, and `error` if it has failed. Times are in UTC (RFC 3339). A finished
-    task can be read until `expires_at`, unless the server's clock is changed.
+    task is removed soon after `expires_at`, unless the server's clock is changed.
     """
 
     task_id: str
@@ -193,7 +193,7 @@ class ManagerError(Exception):
 
 
 class TaskNotFoundError(ManagerError):
-    """There is no task with this id, or it has expired (404)."""
+    """There is no task with this id, or it has been removed (404)."""
 
 
 class TaskFinishedError(ManagerError):
@@ -209,8 +209,8 @@ class TaskFailedError(Exception):
 
 
 # === Work =============================================================================
-# Replace this section with your own work. A new task type needs a `case` here, and two
-# models, a place in `Submission`, and an example under "Models".
+# Replace this section with your own work. For a new task type, add a `case` here, and
+# extend the models, `Submission` and `EXAMPLES` under "Models".
 
 Report = Callable[[float], None]
 Execute = Callable[[str, Parameters, Report], Awaitable[Any]]
@@ -272,9 +272,9 @@ class RateLimiter:
         self._window = window
         # By client: the times at which requests leave the window.
         self._leaving: dict[str, deque[float]] = {}
-        # Only one coroutine at a time can be inside `async with self._lock`. There is
-        # no `await` inside, so the methods are atomic even without the lock. It becomes
-        # necessary with the first one, such as a database query. Without the lock:
+        # Only one coroutine at a time can be inside `async with self._lock`. The
+        # methods have no `await` inside, so they are atomic even without it. They need
+        # it as soon as they await something, such as a database. Without the lock:
         #
         #     request 1: counts 9 requests, awaits the database
         #     request 2: counts 9 requests, awaits the database
@@ -356,7 +356,7 @@ def json_copy(value: Any) -> Any:
     """Return a plain JSON copy of a value, or raise an exception if there is none.
 
     Results are stored as such copies, because a result that is not JSON would break
-    every list. `from_json` refuses lone surrogates, and more than 200 levels.
+    every list. `dumps` refuses NaN, `from_json` lone surrogates and over 200 levels.
     """
     return from_json(json.dumps(value, allow_nan=False))
 
@@ -425,18 +425,18 @@ class TaskManager:
     async def wait(self, task_id: str) -> Task:
         """Return a task after its next change, or raise TaskNotFoundError.
 
-        Do not wait if the status is final or the server is shutting down, and wait at
-        most `long_poll` seconds. There is no `await` between reading the status and
+        Does not wait if the status is final or the server is shutting down, and waits
+        at most `long_poll` seconds. There is no `await` between reading the status and
         registering an Event. With an `await`:
 
             client: reads "processing", awaits something
             work:   ends; `_set_status` finds no Event to set
             client: registers an Event and waits   <-- although the task has finished
 
-        `_set_status` removes an Event when it sets it, so each change has its own. If
-        the Event stayed, it would stay set, and later polls would not wait. Clearing it
-        is no remedy: before Python 3.12, `wait_for` calls `change.wait()` in a new
-        asyncio task. If that starts after `set` and `clear`, it misses the change.
+        An Event stays set (fact 4). So `_set_status` sets it and removes it, and the
+        next poll registers a new one. It would be wrong to keep it and clear it: before
+        Python 3.12, `wait_for` starts a new asyncio task that waits. If that starts
+        after `set` and `clear`, it misses the change.
         """
         task = self.get(task_id)
         if task["status"] in FINAL or not self._open:
@@ -449,8 +449,8 @@ class TaskManager:
     def iterate(self, status: Status | None = None) -> Iterator[Task]:
         """Return an iterator over all tasks, or those with a status, the newest first.
 
-        It iterates over a list of the tasks (not of copies), because the dict can
-        change while the caller awaits something. Without the list:
+        It iterates over a list of the tasks (so clients see their latest status),
+        because the dict can change while the caller awaits something. Without the list:
 
             server: sends some tasks of a list, awaits a slow client
             client: submits a task, which is added to the dict
@@ -516,7 +516,7 @@ class TaskManager:
     def _stop(self, task: Task, status: Status, error: TaskError | None = None) -> None:
         """Make a task final, then cancel its work."""
         if task["status"] in FINAL:
-            return  # cancelled again, the work could not finish its clean-up
+            return  # a second `cancel` would interrupt the work's clean-up
         self._set_status(task, status, error=error)
         if task["task_id"] in self._running:
             self._running[task["task_id"]].cancel()
@@ -547,7 +547,7 @@ class TaskManager:
 
         Restarting the workers would hide the bug. Instead, /health responds with 503.
         """
-        # A queue belongs to one event loop, and an app can be started again in another.
+        # A queue belongs to one event loop, and an app can be started in another one.
         self._queue = TaskQueue(self._settings.queue_size)
         workers = [asyncio.create_task(self._worker()) for _ in range(self._settings.workers)]
         self._open = True
@@ -558,7 +558,7 @@ class TaskManager:
         finally:
             # At a shutdown, `gather` has already cancelled the workers. After a
             # failure, the other workers still run.
-            self.begin_shutdown()
+            self.close()
             for task in self._tasks.values():
                 self._stop(task, "cancelled")
             for worker in workers:
@@ -566,7 +566,7 @@ class TaskManager:
             await self._wait_until_stopped([*workers, *self._running.values()])
             self._running.clear()
 
-    def begin_shutdown(self) -> None:
+    def close(self) -> None:
         """Accept no more tasks, and wake all waiting clients."""
         self._open = False
         for change in self._changes.values():
@@ -576,7 +576,7 @@ class TaskManager:
         """Process tasks one at a time, until cancelled.
 
         The work is an asyncio task of its own, and `asyncio.wait` raises none of its
-        exceptions. So no failure of the work can end the worker, and a CancelledError
+        exceptions. So no Exception in the work ends the worker, and a CancelledError
         here always means that the worker is cancelled. A worker that awaits the work
         directly cannot easily tell its own cancellation from that of the work:
 
@@ -599,7 +599,7 @@ class TaskManager:
             if not work.done():
                 self._stop(task, "failed", TIMEOUT)
                 await self._wait_until_stopped([work])
-                await asyncio.wait({work})  # without a limit: one worker, one work
+                await asyncio.wait({work})  # so it keeps its worker until it ends
             del self._running[task_id]
             if task["status"] not in FINAL:
                 # The work has cancelled itself, or raised a BaseException that `_work`
@@ -617,7 +617,7 @@ class TaskManager:
             result = json_copy(result)
         except asyncio.CancelledError:
             # Usually, `_stop` has made the task final before. Raise the exception again
-            # (fact 3), so that code after this `try` does not run for cancelled work.
+            # (fact 3). Swallowed, it would break an `asyncio.timeout` around it.
             log.info("task %s: its work has stopped", task["task_id"])
             raise
         except TaskFailedError as exc:
@@ -637,12 +637,12 @@ class TaskManager:
         _, pending = await asyncio.wait(asyncio_tasks, timeout=5)
         for task_id, work in self._running.items():
             if work in pending:
-                log.warning("task %s: its work has not stopped after 5 s", task_id)
+                log.warning("task %s: its cancelled work still runs", task_id)
 
 
 async def clean_up(manager: TaskManager, limiter: RateLimiter, interval: float) -> None:
     """Remove expired tasks and idle clients every `interval` seconds, until cancelled."""
-    # Nothing else removes tasks. Once there are `max_tasks`, `submit` refuses new ones.
+    # Without this, `max_tasks` would be reached, and `submit` would refuse new tasks.
     while True:
         await asyncio.sleep(interval)
         try:
@@ -767,7 +767,7 @@ class RateLimitMiddleware:
 
 
 class BodyLimitMiddleware:
-    """Responds with 413 if FastAPI reads a large body, which it keeps in memory."""
+    """Responds with 413 to a large body, which FastAPI would keep in memory."""
 
     def __init__(self, app: ASGIApp, max_body: int) -> None:
         self.app = app
@@ -795,7 +795,7 @@ class BodyLimitMiddleware:
 
 
 # === Routes ===========================================================================
-# Each route translates a request into a call of the manager. All are `async`, because
+# The routes translate requests into calls of the manager. All are `async`, because
 # FastAPI calls a plain function in a thread, where code is not atomic (fact 1).
 
 ERRORS = {
@@ -861,7 +861,7 @@ async def stream_tasks(tasks: Iterator[Task]) -> AsyncIterator[bytes]:
     while batch:
         yield separator + b",\n".join(to_json(task) for task in batch)
         separator = b",\n"
-        # Let others run. The `yield` lets them run only if the client reads slowly.
+        # Let others run. The `yield` does not, if the client reads fast.
         await asyncio.sleep(0)
         batch = list(itertools.islice(tasks, 100))
     yield b"\n]\n"
@@ -936,24 +936,24 @@ def create_app(settings: Settings | None = None, execute: Execute = execute) -> 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         # A shutdown has three steps:
-        # 1. A signal calls `begin_shutdown`, which ends the long polls. Otherwise, step
-        #    2 would wait for them, for up to `long_poll` seconds.
-        # 2. uvicorn waits for the open responses, then leaves this block. If it left the
-        #    block first, these responses could show their tasks as cancelled.
-        # 3. The context managers exit in reverse order: the timer ends, then `run`,
-        #    which cancels the tasks and the workers, and waits for them.
+        # 1. A signal calls `close`, which ends the long polls. Otherwise, step 2 would
+        #    wait for them, for up to `long_poll` seconds.
+        # 2. uvicorn waits for the open responses, then leaves this block. Otherwise,
+        #    these responses could show their tasks as cancelled.
+        # 3. The timer ends, then `run`, which cancels the tasks and waits for them.
+        #    Otherwise, the process could end in the middle of their clean-up.
         async with (
             in_background(manager.run()),
             in_background(clean_up(manager, limiter, settings.cleanup_interval)),
-            on_signal(signal.SIGINT, manager.begin_shutdown),
-            on_signal(signal.SIGTERM, manager.begin_shutdown),
+            on_signal(signal.SIGINT, manager.close),
+            on_signal(signal.SIGTERM, manager.close),
         ):
             yield
 
     app = FastAPI(
         title="Task manager",
         lifespan=lifespan,
-        # There are no 422s (see `handle_error`). `default` keeps them out of /docs.
+        # FastAPI documents a 422, which never happens, unless there is a `default`.
         responses={"default": {"model": Error, "description": "Any other error."}},
         generate_unique_id_function=lambda route: route.name,  # for generated clients
     )
