@@ -38,8 +38,8 @@ FOUR FACTS ABOUT ASYNCIO
 
 2.  **`await` passes on a cancellation.** `await asyncio_task` returns its result or
     raises its exception. `await asyncio.gather(...)` does the same for several, and
-    raises the first exception. If the *waiting* coroutine is cancelled, so are they.
-    `await asyncio.wait(...)` only waits, and passes on nothing.
+    raises the first exception. If the *waiting* coroutine is cancelled, these asyncio
+    tasks are cancelled too. `await asyncio.wait(...)` only waits and passes on nothing.
 
 3.  **Cancellation is a request.** `asyncio_task.cancel()` returns immediately. Soon
     after, `asyncio.CancelledError` is raised at the `await` where the asyncio task is
